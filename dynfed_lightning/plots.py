@@ -1,0 +1,260 @@
+"""The figures of a run and of a comparison. Needs the ``report`` extra (matplotlib); draws to files, never to a screen."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dynfed_lightning.report import Comparison, Method, Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette without its yellow: distinct for colour-blind readers too. After eight, the dashes change.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6F4E37", "#555555"]
+DASHES: list[Any] = ["-", (0, (5, 1.5)), (0, (1, 1))]
+INK, FAINT = "#222222", "#8a8a8a"
+DPI = 150
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A figure on the Agg canvas, without pyplot: no global state, no window, whatever the user's backend."""
+    try:
+        figure = importlib.import_module("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib: pip install dynfed-lightning[report]") from error
+    importlib.import_module("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI)
+    return path
+
+
+def _tidy(ax: Axes, title: str, x: str, y: str) -> None:
+    ax.set_title(title, fontsize=10, color=INK, loc="left")
+    ax.set_xlabel(x, fontsize=9)
+    ax.set_ylabel(y, fontsize=9)
+    ax.tick_params(labelsize=8, colors=INK)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _plain_log(ax: Axes) -> None:
+    """A logarithmic x axis whose ticks read 0.5, 1, 2, 5 instead of powers."""
+    ticker = importlib.import_module("matplotlib.ticker")
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(ticker.LogLocator(base=10, subs=(1.0, 2.0, 5.0), numticks=12))
+    ax.xaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f"{v:g}"))
+    ax.xaxis.set_minor_formatter(ticker.NullFormatter())
+
+
+def _integer_x(ax: Axes) -> None:
+    ax.xaxis.set_major_locator(importlib.import_module("matplotlib.ticker").MaxNLocator(integer=True))
+
+
+def plot_accuracy(run: Run, path: str | Path) -> Path | None:
+    """Accuracy against megabytes sent and against rounds, side by side. None if the run has no accuracy."""
+    if not np.isfinite(run.accuracy).any():
+        return None
+    figure = _figure(9, 3.4)
+    left, right = figure.subplots(1, 2, sharey=True)
+    accuracy, marker = 100 * run.accuracy, "o" if len(run.accuracy) <= 40 else None
+    style = {"color": COLOURS[0], "linewidth": 1.6, "marker": marker, "markersize": 3}
+    if np.nanmax(run.megabytes_up, initial=0) > 0:
+        left.plot(run.megabytes_up, accuracy, **style)
+    else:
+        left.text(0.5, 0.5, "nothing was sent", transform=left.transAxes, ha="center", color=FAINT)
+    right.plot(run.column("round"), accuracy, **style)
+    _integer_x(right)
+    _tidy(left, f"{run.label}: accuracy against bytes", "megabytes sent by the clients", "test accuracy, %")
+    _tidy(right, "against rounds", "round", "")
+    for ax in (left, right):
+        ax.grid(True, color="#e8e8e8", linewidth=0.6)
+    return _save(figure, path)
+
+
+def _heat_map(run: Run, column: str, path: str | Path, title: str, label: str, discrete: bool) -> Path | None:
+    """Clients down, rounds across; blank where a client was not in the round."""
+    values, ids, rounds = run.per_client(column)
+    if not ids:
+        return None
+    height = min(8.0, max(2.4, 1.2 + 0.16 * len(ids)))
+    figure = _figure(min(12.0, max(6.0, 2.5 + 0.09 * len(rounds))), height)
+    ax = figure.subplots()
+    colors = importlib.import_module("matplotlib.colors")
+    matplotlib = importlib.import_module("matplotlib")
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    if discrete:
+        edges = np.arange(np.floor(low) - 0.5, np.ceil(high) + 1.0)
+        cmap = matplotlib.colormaps["viridis_r"].resampled(max(2, len(edges) - 1))
+        norm: Any = colors.BoundaryNorm(edges, cmap.N) if len(edges) > 2 else colors.Normalize(low - 0.5, high + 0.5)
+    else:
+        cmap, norm = matplotlib.colormaps["YlGnBu"].copy(), colors.Normalize(0, high if high > 0 else 1)
+    cmap.set_bad("#f2f2f2")
+    extent = (rounds[0] - 0.5, rounds[-1] + 0.5, len(ids) - 0.5, -0.5)
+    image = ax.imshow(
+        np.ma.masked_invalid(values), aspect="auto", interpolation="none", cmap=cmap, norm=norm, extent=extent
+    )
+    step = max(1, len(ids) // 20)
+    ax.set_yticks(range(0, len(ids), step), [str(k) for k in ids[::step]])
+    _integer_x(ax)
+    ax.set_xlim(rounds[0] - 0.5, rounds[-1] + 0.5)
+    _tidy(ax, title, "round", "client")
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ticks = np.arange(np.floor(low), np.ceil(high) + 1) if discrete else None
+    bar = figure.colorbar(image, ax=ax, pad=0.01, aspect=max(12, 5 * height), ticks=ticks)
+    bar.set_label(label, fontsize=9)
+    bar.ax.tick_params(labelsize=8, length=0)
+    bar.outline.set_visible(False)
+    if np.isnan(values).any():
+        ax.text(
+            1.0,
+            1.01,
+            "grey: not in the round",
+            transform=ax.transAxes,
+            ha="right",
+            va="bottom",
+            fontsize=8,
+            color=FAINT,
+        )
+    return _save(figure, path)
+
+
+def plot_bits(run: Run, path: str | Path) -> Path | None:
+    """The bits of every client's upload over the rounds. None if nothing was quantised."""
+    return _heat_map(run, "bits", path, f"{run.label}: bits per client", "bits", discrete=True)
+
+
+def plot_teachers(run: Run, path: str | Path) -> Path | None:
+    """The share of the teaching every client did, over the rounds. None if there was no teaching."""
+    return _heat_map(run, "teacher_share", path, f"{run.label}: who taught", "share of the teaching", discrete=False)
+
+
+def write_plots(run: Run, folder: str | Path | None = None) -> list[Path]:
+    """All the figures a run has the data for, into `folder` (its own ``plots/`` by default).
+
+    Returns:
+        the paths written, in order.
+    """
+    folder = Path(folder) if folder is not None else run.path / "plots"
+    made = [
+        plot_accuracy(run, folder / "accuracy.png"),
+        plot_bits(run, folder / "bits.png"),
+        plot_teachers(run, folder / "teachers.png"),
+    ]
+    return [p for p in made if p is not None]
+
+
+def plot_comparison(comparison: Comparison, path: str | Path, title: str = "") -> Path:
+    """Accuracy of all methods against uplink megabytes (logarithmic) and against rounds.
+
+    Lines are means over seeds, bands reach from the lowest seed to the highest. The methods are named once, at the end of
+    their curves on the right, in their own colour; the dashed line is the target accuracy.
+    """
+    methods = [m for m in comparison.methods if np.isfinite(m.curve("accuracy")).any()]
+    figure = _figure(11, max(4.2, 1.6 + 0.3 * len(methods)))
+    left, right = figure.subplots(1, 2, sharey=True)
+    ends = []
+    for i, method in enumerate(methods):
+        colour, dash = COLOURS[i % len(COLOURS)], DASHES[(i // len(COLOURS)) % len(DASHES)]
+        accuracy = 100 * method.curve("accuracy")
+        rounds, sent = method.curve("round").mean(0), method.curve("megabytes_up").mean(0)
+        _curve(right, rounds, accuracy, colour, dash)
+        if (sent > 0).any():  # local and centralised training send nothing: they have no place on a byte axis
+            _curve(left, sent, accuracy, colour, dash)
+        ends.append((float(_final(method, comparison.last)), method.label, colour, rounds[-1], accuracy.mean(0)[-1]))
+    _limits(left, methods)
+    _plain_log(left)
+    _integer_x(right)
+    _tidy(
+        left, "Accuracy against what the clients sent", "megabytes sent, all clients together (log)", "test accuracy, %"
+    )
+    _tidy(right, "Accuracy against rounds", "round", "")
+    for ax in (left, right):
+        ax.grid(True, which="major", color="#e8e8e8", linewidth=0.6)
+        ax.axhline(100 * comparison.target, color=FAINT, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+    at = (0.01, 100 * comparison.target)
+    left.text(
+        *at,
+        f" {comparison.baseline}, final",
+        transform=left.get_yaxis_transform(),
+        fontsize=7.5,
+        color=FAINT,
+        va="bottom",
+    )
+    _name_at_end(right, ends)
+    seeds = sorted({len(m.runs) for m in methods})
+    note = (
+        f"mean of {' or '.join(map(str, seeds))} seeds; band: lowest to highest seed"
+        if seeds and seeds[-1] > 1
+        else "one seed"
+    )
+    figure.suptitle(f"{title}  ({note})" if title else note, fontsize=10 if title else 9, color=INK, x=0.01, ha="left")
+    return _save(figure, path)
+
+
+def _final(method: Method, last: int) -> float:
+    return 100 * float(np.mean([r.final_accuracy(last) for r in method.runs]))
+
+
+def _curve(ax: Axes, x: np.ndarray, y: np.ndarray, colour: str, dash: Any) -> None:
+    """The mean over the first axis of y ``[seeds, rounds]``, and the range of the seeds."""
+    if len(y) > 1:
+        ax.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.13, linewidth=0, zorder=2)
+    ax.plot(x, y.mean(0), color=colour, linestyle=dash, linewidth=1.7, zorder=3, solid_capstyle="round")
+
+
+def _limits(ax: Axes, methods: Sequence[Method]) -> None:
+    """Leave no method's empty axis: matplotlib cannot make a log axis of nothing."""
+    if not any((m.curve("megabytes_up") > 0).any() for m in methods):
+        ax.set_xlim(0.1, 10)
+        ax.text(0.5, 0.5, "nothing was sent", transform=ax.transAxes, ha="center", color=FAINT)
+
+
+def _name_at_end(ax: Axes, ends: list[tuple[float, str, str, float, float]]) -> None:
+    """Write each method's name and final accuracy to the right of its curve, pushed apart until none overlap."""
+    if not ends:
+        return
+    low, high = ax.get_ylim()
+    gap = (high - low) * 0.052 * max(1.0, len(ends) / 16)
+    order = sorted(ends, key=lambda e: -e[0])
+    places = _apart([e[4] for e in order], gap, low + gap / 2, high - gap / 2)
+    edge = max(e[3] for e in ends)
+    span = edge - ax.get_xlim()[0] or 1.0
+    for (final, label, colour, x, y), place in zip(order, places, strict=True):
+        ax.plot(
+            [x, edge + 0.015 * span, edge + 0.05 * span], [y, y, place], color=colour, lw=0.7, clip_on=False, alpha=0.8
+        )
+        name = f"{label}  {final:.1f}"
+        ax.text(edge + 0.06 * span, place, name, color=colour, fontsize=8.5, va="center", clip_on=False)
+    ax.set_xlim(right=edge)
+
+
+def _apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """The places nearest to `wanted` (least squares) in the given order, each at least `gap` below the one before.
+
+    Pool-adjacent-violators: labels that would overlap form a block that sits around the mean of their wishes.
+    The result is moved as a whole into low..high where it fits.
+    """
+    blocks: list[tuple[float, int]] = []  # (mean of `want + index * gap`, members)
+    for i, want in enumerate(wanted):
+        mean, size = want + i * gap, 1
+        while blocks and mean > blocks[-1][0]:
+            above, count = blocks.pop()
+            mean, size = (mean * size + above * count) / (size + count), size + count
+        blocks.append((mean, size))
+    places = [mean for mean, size in blocks for _ in range(size)]
+    places = [place - i * gap for i, place in enumerate(places)]
+    shift = min(0.0, high - places[0]) if places else 0.0
+    if places and places[-1] + shift < low:
+        shift = low - places[-1]
+    return [place + shift for place in places]
