@@ -109,8 +109,8 @@ def quiet_trainer(module: nn.Module | None = None, **kwargs: Any) -> L.Trainer:
 def quiet_fit(trainer: L.Trainer, module: L.LightningModule, *args: Any, **kwargs: Any) -> int:
     """``trainer.fit(module, *args, **kwargs)`` without a word, from anywhere: also inside another Trainer's step.
 
-    The module comes back on the device it was on (Lightning leaves it on the CPU), without gradients, and detached from
-    `trainer`, whose loaders and results would otherwise live as long as the module.
+    The module comes back on the device it was on (Lightning leaves it on the CPU), without gradients, and with the
+    trainer it had before, it and every LightningModule inside it.
 
     Returns:
         How many batches were trained on.
@@ -119,12 +119,15 @@ def quiet_fit(trainer: L.Trainer, module: L.LightningModule, *args: Any, **kwarg
         RuntimeError: nothing was trained: an empty loader, or a Trainer that has fitted before.
     """
     device = device_of(module)
+    inner = [m for m in module.modules() if isinstance(m, L.LightningModule)]
+    trainers = [m._trainer for m in inner]
     before = trainer.fit_loop.epoch_loop.total_batch_idx
     with quiet_lightning(), _same_rank(), torch.enable_grad():
         try:
             trainer.fit(module, *args, **kwargs)
         finally:
-            module.trainer = None
+            for m, previous in zip(inner, trainers, strict=True):
+                m._trainer = previous
             module.to(device)
             module.zero_grad(set_to_none=True)
     steps = trainer.fit_loop.epoch_loop.total_batch_idx - before
