@@ -1,6 +1,8 @@
 """Communication-efficient federated learning for PyTorch Lightning, on low-bit kernels."""
 
+import importlib
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING, Any
 
 # In a source checkout the Triton kernels live in ../kernels, which an installed package has as `dynfed_lightning.kernels`.
 _checkout = _Path(__file__).resolve().parent.parent
@@ -8,3 +10,64 @@ if (_checkout / "kernels" / "__init__.py").is_file() and (_checkout / "csrc").is
     __path__.append(str(_checkout))
 
 __version__ = "0.1.0"
+
+# Where each public name lives. Imported when first used: `import dynfed_lightning` costs nothing, and the operations can be
+# used without Lightning.
+_HOMES = {
+    "algorithm": ["Algorithm", "Client", "Received", "Reply", "Server", "Update"],
+    "algorithms": ["Centralised", "DAdaQuant", "DynFed", "FedAvg", "FedDF", "FedPAQ", "FedProx", "Local", "Scaffold"],
+    "callbacks": ["GradientNorm", "GradientShift", "ProximalTerm", "ScaleLearningRate"],
+    "codec": ["Codec", "CodecContext", "inspect"],
+    "data": ["FederatedDataModule"],
+    "distill": ["Distillation", "ServerDistiller"],
+    "errors": ["ClientFailure", "PayloadError", "RoundFailure"],
+    "federation": ["Federation"],
+    "local": ["LoopLocal", "TrainerLocal"],
+    "module": ["ClientModule"],
+    "partition": ["Dirichlet", "IID", "Natural", "Pathological", "Shards"],
+    "recorder": ["RoundProgress", "RunRecorder"],
+    "resources": ["DrawnResources", "GivenResources", "Resources", "TableResources", "UniformResources"],
+    "schedules": ["Constant", "Cosine", "Exponential", "Linear"],
+    "schema": ["Schema"],
+    "stages": ["Cast", "ErrorFeedback", "Quantize", "TopK"],
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+__all__ = [*sorted(_HOME_OF), "__version__"]
+
+if TYPE_CHECKING:
+    from dynfed_lightning.algorithm import Algorithm, Client, Received, Reply, Server, Update
+    from dynfed_lightning.algorithms import (
+        Centralised,
+        DAdaQuant,
+        DynFed,
+        FedAvg,
+        FedDF,
+        FedPAQ,
+        FedProx,
+        Local,
+        Scaffold,
+    )
+    from dynfed_lightning.callbacks import GradientNorm, GradientShift, ProximalTerm, ScaleLearningRate
+    from dynfed_lightning.codec import Codec, CodecContext, inspect
+    from dynfed_lightning.data import FederatedDataModule
+    from dynfed_lightning.distill import Distillation, ServerDistiller
+    from dynfed_lightning.errors import ClientFailure, PayloadError, RoundFailure
+    from dynfed_lightning.federation import Federation
+    from dynfed_lightning.local import LoopLocal, TrainerLocal
+    from dynfed_lightning.module import ClientModule
+    from dynfed_lightning.partition import IID, Dirichlet, Natural, Pathological, Shards
+    from dynfed_lightning.recorder import RoundProgress, RunRecorder
+    from dynfed_lightning.resources import DrawnResources, GivenResources, Resources, TableResources, UniformResources
+    from dynfed_lightning.schedules import Constant, Cosine, Exponential, Linear
+    from dynfed_lightning.schema import Schema
+    from dynfed_lightning.stages import Cast, ErrorFeedback, Quantize, TopK
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,12 @@
+"""The methods: one paper, one file, in the paper's terms."""
+
+from dynfed_lightning.algorithms.dadaquant import DAdaQuant
+from dynfed_lightning.algorithms.dynfed import DynFed
+from dynfed_lightning.algorithms.ends import Centralised, Local
+from dynfed_lightning.algorithms.fedavg import FedAvg
+from dynfed_lightning.algorithms.feddf import FedDF
+from dynfed_lightning.algorithms.fedpaq import FedPAQ
+from dynfed_lightning.algorithms.fedprox import FedProx
+from dynfed_lightning.algorithms.scaffold import Scaffold
+
+__all__ = ["Centralised", "DAdaQuant", "DynFed", "FedAvg", "FedDF", "FedPAQ", "FedProx", "Local", "Scaffold"]

@@ -1,0 +1,416 @@
+"""The federation: a LightningModule whose training step is one round, and whose gradient is the negative mean update.
+
+A round is an epoch of one step; its batch is the cohort. The outer loop is the user's ordinary ``L.Trainer``, so checkpoints,
+resume, early stopping, loggers and server optimisers are Lightning's own.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dynfed_lightning.algorithm import Algorithm, Reply, Server
+from dynfed_lightning.algorithms.fedavg import FedAvg
+from dynfed_lightning.client import ClientRuntime
+from dynfed_lightning.data import FederatedDataModule
+from dynfed_lightning.downlink import DownlinkSender
+from dynfed_lightning.errors import ClientFailure, PayloadError, RoundFailure
+from dynfed_lightning.evaluation import Evaluator, check_outputs
+from dynfed_lightning.local import LocalExecutor, as_executor
+from dynfed_lightning.message import Message
+from dynfed_lightning.schema import Schema
+from dynfed_lightning.seeds import derive_seed
+from dynfed_lightning.store import MemoryStore
+from dynfed_lightning.tensors import travelling
+from dynfed_lightning.transport import InProcessTransport, Outcome, Transport
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class ClientRecord:
+    """What happened to one client in one round (a row of ``clients.csv``)."""
+
+    client: int
+    status: str
+    bytes_down: int
+    bytes_up: int = 0
+    bits: float | None = None
+    num_examples: int = 0
+    loss: float | None = None
+    grad_norm: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class RoundRecord:
+    """What happened in one round (a row of ``rounds.csv``); `metrics` holds the method's own columns."""
+
+    round: int
+    clients: list[ClientRecord]
+    seconds: float
+    train_loss: float
+    bytes_up: int
+    bytes_down: int
+    total_bytes_up: int
+    total_bytes_down: int
+    failures: dict[str, int]
+    metrics: dict[str, float]
+
+    @property
+    def bits(self) -> list[float]:
+        """Bits per weight of every reply that was quantised."""
+        return [c.bits for c in self.clients if c.bits is not None]
+
+
+class Federation(L.LightningModule):
+    """Federated training of any LightningModule.
+
+    Args:
+        module: the user's LightningModule, unmodified; clients train copies of it.
+        algorithm: the method; default `FedAvg`.
+        local: how a client trains: ``"trainer"``, ``"loop"`` (one epoch a round) or an executor.
+        server_optimizer: makes the server's optimiser from the parameters, whose gradient is the negative mean update;
+            default ``SGD(lr=1)``, i.e. plain averaging. ``Adam`` gives FedAdam.
+        seed: everything random follows from it, the round and the client's id.
+        min_clients: with fewer replies than this a round raises `RoundFailure`.
+        num_classes: C; default: the data module's.
+
+    Logs every round ``accuracy`` and ``test_loss`` of the global model on the whole test set (of the clients' own models
+    for a personalised method), ``train_loss``, ``mb_up`` and ``mb_down`` (10^6 bytes, cumulative), ``bits``, ``clients``,
+    ``failed`` and ``failed/<reason>``, and whatever the user's own ``validation_step`` logs.
+
+    Example::
+
+        trainer = L.Trainer(max_epochs=100)  # 100 rounds
+        trainer.fit(Federation(LitModel(), DynFed(bits=(2, 8))), datamodule=FederatedDataModule(dataset, partitioner, public=200))
+    """
+
+    def __init__(
+        self,
+        module: L.LightningModule,
+        algorithm: Algorithm | None = None,
+        *,
+        local: str | LocalExecutor = "trainer",
+        server_optimizer: Callable[[Iterable[torch.nn.Parameter]], Optimizer] | None = None,
+        seed: int = 0,
+        min_clients: int = 1,
+        num_classes: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(module, L.LightningModule):
+            raise TypeError(
+                f"Expected `module` to be a LightningModule, but got {type(module).__name__}: "
+                "wrap a plain network as `ClientModule(network)`."
+            )
+        if algorithm is not None and not isinstance(algorithm, Algorithm):
+            raise TypeError(f"Expected `algorithm` to be an Algorithm, but got {type(algorithm).__name__}.")
+        if not isinstance(min_clients, int) or min_clients < 1:
+            raise ValueError(f"Expected `min_clients` to be a positive integer, but got {min_clients!r}.")
+        if not travelling(module)[0]:
+            raise ValueError("Expected `module` to have trainable parameters, but it has none.")
+        self.automatic_optimization = False
+        self.module = module
+        # A copy that no Trainer is ever attached to: Lightning attaches itself to child LightningModules, and copying
+        # those would copy the Trainer. In a list so that it is no submodule.
+        self._template = [copy.deepcopy(module)]
+        self.algorithm = algorithm if algorithm is not None else FedAvg()
+        self.executor = as_executor(local)
+        self.server_optimizer = server_optimizer
+        self.seed = seed
+        self.min_clients = min_clients
+        self.num_classes = num_classes
+        self.store = MemoryStore()
+        self.transport: Transport | None = None
+        self.server: Server | None = None
+        self.last_round: RoundRecord | None = None
+        self.total_bytes_up = 0
+        self.total_bytes_down = 0
+
+    # ------------------------------------------------------------------ set-up
+
+    def setup(self, stage: str) -> None:
+        """Wire server, clients and transport to the data module; every mismatch is found here, before training."""
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, FederatedDataModule):
+            raise TypeError(
+                f"Expected `datamodule` to be a FederatedDataModule, but got {type(data).__name__}: "
+                "`trainer.fit(federation, datamodule=FederatedDataModule(...))`."
+            )
+        if self.algorithm.pooled:
+            data = data.pooled()  # a view: the user's data module stays as it is
+        if self.num_classes is None:
+            self.num_classes = data.num_classes
+        check_outputs(self._template[0], data, self.num_classes)
+        self.executor.device = self.trainer.strategy.root_device
+        self.executor.check(self._template[0])
+        self.server = Server(
+            self.module,
+            new_module=lambda: copy.deepcopy(self._template[0]),
+            num_clients=data.num_clients,
+            num_examples=lambda k: data.client(k).num_examples,
+            resources=data.resources,
+            num_classes=self.num_classes,
+            public=data.public_set,
+            seed=self.seed,
+        )
+        self.algorithm.setup(self.server, self.executor)
+        self.runtime = ClientRuntime(
+            self._template[0],
+            self.algorithm,
+            self.executor,
+            data=data.client,
+            resources=data.resources,
+            store=self.store,
+            seed=self.seed,
+        )
+        self.transport = InProcessTransport(self.runtime.run)
+        self._sender = DownlinkSender(self.algorithm.downlink)
+        self._evaluator = Evaluator(self.num_classes)
+
+    def configure_optimizers(self) -> Optimizer:
+        """The server's optimiser over the global parameters."""
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        make = self.server_optimizer or (lambda p: torch.optim.SGD(p, lr=1.0))
+        optimizer = make(parameters)
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"Expected `server_optimizer` to make an Optimizer, but it made {type(optimizer).__name__}.")
+        return optimizer
+
+    # ------------------------------------------------------------------- round
+
+    def training_step(self, batch: Sequence[int], batch_idx: int) -> None:
+        """One round over the cohort `batch` (client ids)."""
+        start = time.perf_counter()
+        server, transport = self._ready()
+        server.round, server.num_rounds = self.current_epoch, _planned(self.trainer.max_epochs)
+        server.cohort = [0] if self.algorithm.pooled else sorted(int(k) for k in batch)
+        server.metrics, server.client_metrics = {}, {}
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        optimizer.zero_grad()
+
+        requests = self._requests(server)
+        outcomes = transport.exchange(requests)
+        records, replies = self._receive(server, requests, outcomes)
+        if len(replies) < self.min_clients:
+            raise _round_failure(server.round, len(requests), self.min_clients, records, outcomes)
+        self.algorithm.server_step(server, replies)
+        optimizer.step()  # exactly one a round: Lightning counts it as the global step
+        optimizer.zero_grad()
+        self._record(server, records, time.perf_counter() - start)
+
+    def _requests(self, server: Server) -> list[tuple[int, bytes]]:
+        broadcast = self.algorithm.broadcast(server)
+        seed = derive_seed(self.seed, "downlink", server.round)
+        server.received = self._sender.prepare(broadcast, self.runtime.downlink_schema, server.round, seed)
+        requests = []
+        for client_id in server.cohort:
+            download = self._sender.download(client_id)
+            message = Message(
+                round=server.round,
+                client_id=client_id,
+                scalars=self.algorithm.instruct(server, client_id),
+                num_rounds=server.num_rounds,
+                kind=download.kind,
+                base=download.base,
+                parts=download.parts,
+            )
+            requests.append((client_id, message.to_bytes()))
+        return requests
+
+    def _receive(
+        self, server: Server, requests: Sequence[tuple[int, bytes]], outcomes: Sequence[Outcome]
+    ) -> tuple[list[ClientRecord], list[Reply]]:
+        """Decode what came back; what does not decode is a failed client, not a failed round."""
+        counted = self.algorithm.communicates
+        down = {client_id: len(request) if counted else 0 for client_id, request in requests}
+        records, replies = [], []
+        for outcome in sorted(outcomes, key=lambda o: o.client_id):
+            record = ClientRecord(outcome.client_id, outcome.reason or "ok", bytes_down=down[outcome.client_id])
+            records.append(record)
+            if outcome.reply is not None:
+                record.bytes_up = len(outcome.reply) if counted else 0
+                try:
+                    reply = self._decode(server, outcome.client_id, outcome.reply)
+                except PayloadError as error:
+                    record.status, outcome.error = "payload", error
+                except ClientFailure as error:
+                    record.status, outcome.error = error.reason, error
+                else:
+                    replies.append(reply)
+                    record.num_examples = reply.num_examples
+                    record.loss = reply.scalars.get("loss")
+                    record.grad_norm = reply.scalars.get("grad_norm")
+                    record.bits = _mean_bits(reply, self.runtime.uplink_schema)
+            self._sender.confirm(outcome.client_id, received=record.status == "ok")
+            if record.status != "ok":
+                log.warning("Round %d: client %d left out (%s): %s", server.round + 1, record.client, record.status, outcome.error)
+        return records, replies
+
+    def _decode(self, server: Server, client_id: int, data: bytes) -> Reply:
+        message = Message.from_bytes(data)
+        if message.client_id != client_id or message.round != server.round:
+            raise ClientFailure(
+                "wrong_round",
+                f"Expected a reply of client {client_id} to round {server.round}, "
+                f"but got one of client {message.client_id} to round {message.round}.",
+            )
+        if len(message.parts) != 1 or message.num_examples < 1:
+            raise ClientFailure("malformed", "Expected a reply with one payload and a positive number of examples.")
+        decoded = self.algorithm.uplink.decode_full(message.parts[0], self.runtime.uplink_schema)
+        return Reply(
+            client_id=client_id,
+            tensors=decoded.tensors,
+            scalars=message.scalars,
+            counters=message.counters,
+            num_examples=message.num_examples,
+            num_bytes=len(data),
+            decoded=decoded,
+        )
+
+    def _record(self, server: Server, records: list[ClientRecord], seconds: float) -> None:
+        up, down = sum(r.bytes_up for r in records), sum(r.bytes_down for r in records)
+        self.total_bytes_up += up
+        self.total_bytes_down += down
+        failures = Counter(r.status for r in records if r.status != "ok")
+        for r in records:
+            r.metrics = server.client_metrics.get(r.client, {})
+        losses = [(r.loss, r.num_examples) for r in records if r.status == "ok" and r.loss is not None]
+        train_loss = sum(loss * n for loss, n in losses) / sum(n for _, n in losses) if losses else math.nan
+        self.last_round = RoundRecord(
+            round=server.round + 1,
+            clients=records,
+            seconds=seconds,
+            train_loss=train_loss,
+            bytes_up=up,
+            bytes_down=down,
+            total_bytes_up=self.total_bytes_up,
+            total_bytes_down=self.total_bytes_down,
+            failures=dict(failures),
+            metrics=dict(server.metrics),
+        )
+        values: dict[str, float] = {
+            "train_loss": train_loss,
+            "mb_up": self.total_bytes_up / 1e6,
+            "mb_down": self.total_bytes_down / 1e6,
+            "clients": float(len(records) - sum(failures.values())),
+            "failed": float(sum(failures.values())),
+            **{f"failed/{reason}": float(n) for reason, n in failures.items()},
+            **server.metrics,
+        }
+        if self.last_round.bits:
+            values["bits"] = sum(self.last_round.bits) / len(self.last_round.bits)
+        shown = {"mb_up", "mb_down", "bits"}
+        for name, value in values.items():
+            self.log(name, value, on_step=False, on_epoch=True, prog_bar=name in shown, batch_size=1)
+
+    # -------------------------------------------------------------- evaluation
+
+    def on_validation_epoch_start(self) -> None:
+        """Take the models to be judged: the global one, or every client's own for a personalised method."""
+        server, _ = self._ready()
+        models: list[L.LightningModule] | None = None
+        if self.algorithm.personalised:
+            weights = server.weights()
+            models = [
+                self.algorithm.personal_model(self.store.read(k), server.new_module(), weights).to(self.device)
+                for k in range(server.num_clients)
+            ]
+        self._evaluator.start(self.module if models is None else models)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Count right answers; the user's own ``validation_step`` runs too, and what it logs is logged here."""
+        self._evaluator.update(batch)
+        if not self.algorithm.personalised:
+            self._evaluator.run_user_step(self, self.module, batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``accuracy`` and ``test_loss``."""
+        for name, value in self._evaluator.compute().items():
+            self.log(name, value, prog_bar=name == "accuracy")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """As `validation_step`, without the user's."""
+        self._evaluator.update(batch)
+
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_epoch_end = on_validation_epoch_end
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The global model's forward."""
+        return self.module(*args, **kwargs)
+
+    # -------------------------------------------------------------- checkpoint
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Everything a resumed run needs to go on as if it had not stopped, readable with ``weights_only=True``."""
+        server, _ = self._ready()
+        checkpoint["federation"] = {
+            "algorithm": self.algorithm.name,
+            "seed": self.seed,
+            "server": server.state,
+            "clients": self.store.state_dict(),
+            "downlink": self._sender.state_dict(),
+            "total_bytes_up": self.total_bytes_up,
+            "total_bytes_down": self.total_bytes_down,
+            "last_round": None if self.last_round is None else asdict(self.last_round),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up what `on_save_checkpoint` gave.
+
+        Raises:
+            ValueError: the checkpoint is no federation's, or another algorithm's or seed's.
+        """
+        saved = checkpoint.get("federation")
+        if saved is None:
+            raise ValueError("Expected a checkpoint of a Federation, but it has no `federation` entry.")
+        for name, mine in (("algorithm", self.algorithm.name), ("seed", self.seed)):
+            if saved[name] != mine:
+                raise ValueError(f"Expected a checkpoint with {name} {mine!r}, but it was made with {saved[name]!r}.")
+        server, _ = self._ready()
+        server.state = saved["server"]
+        self.store.load_state_dict(saved["clients"])
+        self._sender.load_state_dict(saved["downlink"])
+        self.total_bytes_up, self.total_bytes_down = saved["total_bytes_up"], saved["total_bytes_down"]
+        if saved["last_round"] is not None:
+            clients = [ClientRecord(**c) for c in saved["last_round"]["clients"]]
+            self.last_round = RoundRecord(**{**saved["last_round"], "clients": clients})
+
+    def _ready(self) -> tuple[Server, Transport]:
+        if self.server is None or self.transport is None:
+            raise RuntimeError("The federation is not set up: call `trainer.fit(federation, datamodule=...)`.")
+        return self.server, self.transport
+
+
+def _mean_bits(reply: Reply, schema: Schema) -> float | None:
+    """Bits per value over the tensors that were quantised; None if none was."""
+    sizes = {spec.name: math.prod(spec.shape) for spec in schema}
+    bits = [(b, sizes[n]) for n, b in reply.decoded.bits.items() if b is not None]
+    return sum(b * n for b, n in bits) / sum(n for _, n in bits) if bits else None
+
+
+def _planned(max_epochs: int | None) -> int | None:
+    return max_epochs if max_epochs is not None and max_epochs > 0 else None
+
+
+def _round_failure(
+    round: int, asked: int, needed: int, records: Sequence[ClientRecord], outcomes: Sequence[Outcome]
+) -> RoundFailure:
+    reasons = Counter(r.status for r in records if r.status != "ok")
+    why = ", ".join(f"{reason}: {n}" for reason, n in sorted(reasons.items()))
+    error = RoundFailure(f"Round {round + 1}: {asked - sum(reasons.values())} of {asked} clients replied, {needed} needed ({why}).")
+    error.__cause__ = next((o.error for o in outcomes if o.error is not None), None)
+    return error
