@@ -1,0 +1,217 @@
+"""Data by name: `digits`, presets, parquet files, image folders, the public hub, tensors, and any map-style dataset."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
+
+from dynfed_lightning.arrays import LABELS, Arrays, Options, Samples, codes, pick
+from dynfed_lightning.images import missing
+from dynfed_lightning.partition import stratified_order
+from dynfed_lightning.tables import from_hf, load_hub, load_image_folder, read_parquet
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A known image set: its hub name, its columns, and the mean and deviation of each channel of its training images."""
+
+    hub: str
+    image: str
+    label: str
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+PRESETS: dict[str, Preset] = {
+    "mnist": Preset("ylecun/mnist", "image", "label", 10, (0.1307,), (0.3081,)),
+    "fashion_mnist": Preset("zalando-datasets/fashion_mnist", "image", "label", 10, (0.2860,), (0.3530,)),
+    "cifar10": Preset("uoft-cs/cifar10", "img", "label", 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": Preset(
+        "uoft-cs/cifar100", "img", "fine_label", 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+    ),
+}
+_SPLITS = {"train": ("train",), "test": ("test", "val", "dev")}  # beginnings of the names of files and splits
+_STARTS = ("train", "test", "val", "dev")
+
+
+def load_table(source: Any, split: str = "train", options: Options | None = None) -> Arrays | Samples:
+    """Whatever a user calls a dataset, as a table.
+
+    Args:
+        source: a name or path (see `load_arrays`); a pair of tensors or a ``TensorDataset``; a `datasets` ``Dataset``; a
+            mapping of splits (``DatasetDict``); any map-style torch ``Dataset``; or an `Arrays`.
+        split: ``"train"`` or ``"test"``; a mapping or a named set without ``test`` gives its validation split.
+        options: columns and places.
+
+    Raises:
+        ValueError, TypeError: what it is cannot be told, a split or a column is missing.
+    """
+    o = options or Options()
+    if isinstance(source, Arrays | Samples):
+        return source
+    if isinstance(source, str | Path):
+        return load_arrays(source, split, **vars(o))
+    if isinstance(source, TensorDataset):
+        source = source.tensors
+    if isinstance(source, tuple | list) and len(source) == 2:
+        x, y = (torch.as_tensor(t) for t in source)
+        if y.dtype.is_floating_point or y.ndim != 1:
+            raise ValueError(f"Expected labels to be integers of shape [n], but got {y.dtype} {list(y.shape)}.")
+        return Arrays(x, y.long(), int(y.max()) + 1 if len(y) else 0)
+    if isinstance(source, Mapping):
+        return load_table(source[split_of(list(source), split)], split, o)
+    if hasattr(source, "features") and hasattr(source, "with_format"):  # a datasets.Dataset
+        return from_hf(source, o)
+    if isinstance(source, IterableDataset) or not (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
+        raise TypeError(
+            "Expected `dataset` to be a name, a path, a pair of tensors, a mapping of splits or a map-style dataset, "
+            f"but got {type(source).__name__}."
+        )
+    return _samples(source, o)
+
+
+def split_of(names: list[str], split: str) -> str:
+    for start in _SPLITS.get(split, (split,)):
+        for name in names:
+            if name.startswith(start):
+                return name
+    raise ValueError(f"Expected the dataset to have a {split!r} split, but it has {names}.")
+
+
+def _samples(dataset: Dataset | Any, o: Options) -> Samples:
+    first = dataset[0] if len(dataset) else ()
+    key = None
+    if isinstance(first, Mapping):
+        key = pick(o.label_column, [c for c in LABELS if c in first], list(first), "label_column")
+    elif not (isinstance(first, tuple | list) and len(first) == 2):
+        raise TypeError(f"Expected samples (input, label) or mappings, but the first is a {type(first).__name__}.")
+    labels = (
+        next((getattr(dataset, a) for a in ("targets", "labels") if hasattr(dataset, a)), None) if key is None else None
+    )
+    groups = None
+    column = o.partition_column
+    if column is not None and (key is None or column not in first):
+        raise ValueError(f"Expected `partition_column` to be one of {list(first) if key else []}, but got {column!r}.")
+    if labels is None or column is not None:
+        # No list of labels to ask for: every sample has to be read once.
+        samples = [dataset[i] for i in range(len(dataset))]
+        labels = [int(s[key] if key else s[1]) for s in samples]
+        groups = codes([_item(s[column]) for s in samples])[0] if column else None
+    y = torch.as_tensor(np.asarray(labels))
+    if y.dtype.is_floating_point:
+        raise ValueError(f"Expected labels to be integers, but got {y.dtype}.")
+    return Samples(dataset, y.long(), int(y.max()) + 1, groups, key)
+
+
+def _item(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def load_arrays(
+    name_or_path: str | Path,
+    split: str = "train",
+    *,
+    data_dir: str | Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    partition_column: str | None = None,
+    image_size: int | None = None,
+    cache_dir: str | Path | None = None,
+    class_names: tuple[str, ...] | None = None,
+) -> Arrays:
+    """Load one split of an image classification set into memory.
+
+    Args:
+        name_or_path: ``"digits"`` (built in), a preset (`PRESETS`), a name on the public hub, a parquet file, a folder with
+            ``train*.parquet`` and ``test*.parquet`` or ``validation*.parquet``, or an image folder. A name is looked for
+            in `data_dir` and in the folders of ``$DYNFED_DATA`` before the hub.
+        split: ``"train"`` or ``"test"`` (the validation split where there is no test split).
+        data_dir: a folder that holds ``<name>/train.parquet``, or is that folder.
+        image_column, label_column: by default the preset's, or the first that looks like one.
+        partition_column: a column to keep as `Arrays.groups`, such as a writer's id.
+        image_size: resize images to this many pixels a side.
+        cache_dir: where decoded images are kept; default ``$DYNFED_CACHE``, else the user's cache folder.
+        class_names: the names behind labels that are strings, in order (the training split's).
+
+    Raises:
+        ValueError: an unknown dataset, split or column.
+        ImportError: a package of the ``data`` extra is missing.
+    """
+    o = Options(data_dir, image_column, label_column, partition_column, image_size, cache_dir, class_names)
+    name = str(name_or_path)
+    if name == "digits":
+        return _digits(split)
+    preset = PRESETS.get(name)
+    if preset is not None:
+        o = replace(o, image_column=image_column or preset.image, label_column=label_column or preset.label)
+    found = _find(name, data_dir) if preset or not Path(name).exists() else Path(name)
+    if found is None:
+        splits = load_hub(preset.hub if preset else name, name, ("digits", *PRESETS))
+        arrays = from_hf(splits[split_of(list(splits), split)], o)
+    elif found.is_file() or _parquet_files(found):
+        arrays = read_parquet(_split_files(found, split), o)
+    else:
+        splits = load_image_folder(found)
+        arrays = from_hf(splits[split_of(list(splits), split)], o)
+    if not isinstance(arrays, Arrays):
+        raise ValueError(f"Expected {name!r} to have images, but its columns are {list(arrays.dataset.features)}.")
+    return _finish(arrays, preset)
+
+
+def _finish(arrays: Arrays, preset: Preset | None) -> Arrays:
+    if preset is None or arrays.inputs.dtype != torch.uint8 or arrays.inputs.shape[1] != len(preset.mean):
+        return arrays
+    names = arrays.class_names
+    return Arrays(arrays.inputs, arrays.labels, preset.num_classes, preset.mean, preset.std, arrays.groups, names)
+
+
+def _find(name: str, data_dir: str | Path | None) -> Path | None:
+    roots = [Path(r) for r in os.environ.get("DYNFED_DATA", "").split(os.pathsep) if r]
+    candidates = [r / n for r in roots for n in dict.fromkeys((name, name.rpartition("/")[2]))]
+    if data_dir is not None:
+        root = Path(data_dir)
+        candidates = [root / name, root / name.rpartition("/")[2], root, *candidates]
+    return next((c for c in candidates if c.is_dir() and _parquet_files(c)), None)
+
+
+def _parquet_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.parquet")) or sorted(folder.glob("*/*.parquet"))
+
+
+def _split_files(path: Path, split: str) -> list[Path]:
+    if path.is_file():
+        if path.suffix != ".parquet":
+            raise ValueError(f"Expected a .parquet file or a folder, but got {str(path)!r}.")
+        if split != "train":
+            raise ValueError(f"Expected a {split!r} split, but {path.name} is a single file, all of it for training.")
+        return [path]
+    # `train-00000-of-00002.parquet` as the hub names them, or `train/part-0.parquet`.
+    names = {f: f.name if f.name.startswith(_STARTS) else f.relative_to(path).parts[0] for f in _parquet_files(path)}
+    if split == "train" and not any(n.startswith(_STARTS) for n in names.values()):
+        return list(names)
+    start = next((s for s in _SPLITS.get(split, (split,)) if any(n.startswith(s) for n in names.values())), None)
+    if start is None:
+        raise ValueError(f"Expected a {split!r} split in {path}, but its files are {sorted(set(names.values()))}.")
+    return [f for f, n in names.items() if n.startswith(start)]
+
+
+def _digits(split: str) -> Arrays:
+    """scikit-learn's 1,797 images of 8x8 pixels, scaled to [0, 1]: 1,437 to train, 360 to test, stratified, always the same."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise missing("scikit-learn") from None
+    bunch = load_digits()
+    order = stratified_order(bunch.target, "digits")
+    rows = np.sort(order[-360:] if split == "test" else order[:-360])
+    inputs = torch.from_numpy((bunch.images[rows] / 16.0).astype(np.float32)).unsqueeze(1)
+    return Arrays(inputs, torch.from_numpy(bunch.target[rows].astype(np.int64)), 10)

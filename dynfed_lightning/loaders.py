@@ -1,0 +1,129 @@
+"""Rows to batches: what a client iterates over, seeded by itself and never by a global generator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from dynfed_lightning.arrays import Arrays, Samples
+from dynfed_lightning.partition import torch_generator
+
+Augment = Callable[[Tensor, torch.Generator], Tensor]
+
+
+class RowLoader:
+    """Batches of chosen rows of a table; can be iterated any number of times.
+
+    The k-th ``iter()`` of one loader is epoch k: its order (and its augmentation) is a function of (seed, k) only.
+    It is no ``DataLoader`` on purpose, so that Lightning puts no distributed sampler into it.
+
+    Args:
+        table: where the rows are.
+        rows: int64 ``[n]``, which rows.
+        batch_size: rows a batch; fewer rows than that make one small batch.
+        seed: shuffle with this seed; ``None``: in the order of `rows`, every epoch.
+        drop_last: leave out a last batch that is not full (never the only one).
+        augment: ``augment(inputs, generator) -> inputs`` on every normalised batch of an in-memory table.
+    """
+
+    def __init__(
+        self,
+        table: Arrays | Samples,
+        rows: Tensor,
+        batch_size: int,
+        seed: int | None = None,
+        drop_last: bool = False,
+        augment: Augment | None = None,
+    ) -> None:
+        self.table, self.rows, self.batch_size, self.seed = table, rows, batch_size, seed
+        self.augment, self.epoch = augment, 0
+        self.drop_last = drop_last and len(rows) >= batch_size
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self.rows), self.batch_size)
+        return full + (rest > 0 and not self.drop_last)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next ``iter()`` is epoch `epoch`."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch, self.epoch = self.epoch, self.epoch + 1
+        generator = torch_generator("shuffle", int(self.seed or 0), epoch)
+        rows = self.rows
+        if self.seed is not None:
+            rows = rows[torch.randperm(len(rows), generator=generator)]
+        if isinstance(self.table, Samples):
+            # A generator of its own, or torch's DataLoader would take a number from the global one.
+            options = {"drop_last": self.drop_last, "generator": generator}
+            return iter(DataLoader(self.table.dataset, self.batch_size, sampler=rows.tolist(), **options))
+        return self._batches(self.table, rows, generator)
+
+    def _batches(self, table: Arrays, rows: Tensor, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            batch = rows[start : start + self.batch_size]
+            inputs = table.batch(batch)
+            if self.augment is not None:
+                inputs = self.augment(inputs, generator)
+            yield inputs, table.labels[batch]
+
+
+class Cohorts(IterableDataset):
+    """One item an epoch: the ids of the clients of that round. `cohort` is asked when the epoch begins, not before."""
+
+    def __init__(self, cohort: Callable[[], list[int]]) -> None:
+        self._cohort = cohort
+
+    def __iter__(self) -> Iterator[list[int]]:
+        # A generator: nothing runs before the first next(), by when the trainer knows which epoch it is.
+        yield self._cohort()
+
+    def __len__(self) -> int:
+        return 1
+
+
+def cohort_loader(cohort: Callable[[], list[int]]) -> DataLoader:
+    """A loader of `Cohorts` without batching, workers or prefetch; Lightning puts no sampler before an IterableDataset."""
+    return DataLoader(Cohorts(cohort), batch_size=None, collate_fn=_as_is)
+
+
+def _as_is(item: list[int]) -> list[int]:
+    return item
+
+
+class CropFlip:
+    """The usual augmentation of 32x32 images: a random crop after padding, and a random left-right flip, per sample.
+
+    Args:
+        padding: pixels of zeros added on every side before the crop, at least 0.
+        flip: whether to flip half of the images.
+    """
+
+    def __init__(self, padding: int = 4, flip: bool = True) -> None:
+        if isinstance(padding, bool) or not isinstance(padding, int) or padding < 0:
+            raise ValueError(f"Expected `padding` to be an integer of at least 0, but got {padding!r}.")
+        self.padding, self.flip = padding, flip
+
+    def __call__(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
+        """Augment a batch.
+
+        Args:
+            inputs: float ``[B, C, H, W]``.
+            generator: where the random numbers come from.
+
+        Returns:
+            A new tensor of the same shape.
+        """
+        b, _, h, w = inputs.shape
+        p = self.padding
+        padded = torch.nn.functional.pad(inputs, (p, p, p, p))
+        top, left = torch.randint(0, 2 * p + 1, (2, b, 1), generator=generator)
+        ys, xs = top + torch.arange(h), left + torch.arange(w)
+        if self.flip:
+            xs = torch.where(torch.rand(b, 1, generator=generator) < 0.5, xs.flip(1), xs)
+        sample = torch.arange(b)[:, None, None]
+        return padded.permute(0, 2, 3, 1)[sample, ys[:, :, None], xs[:, None, :]].permute(0, 3, 1, 2).contiguous()

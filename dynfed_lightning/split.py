@@ -1,0 +1,175 @@
+"""One deal of a dataset: which rows are whose, and a hash that proves it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynfed_lightning.arrays import Arrays, Options, Samples
+from dynfed_lightning.datasets import load_table
+from dynfed_lightning.partition import Natural, Partitioner, stratified_order
+
+
+@dataclass(frozen=True)
+class PublicSet:
+    """Data the server may use, disjoint from every client's.
+
+    Args:
+        inputs: ``[n, ...]`` as a network takes them; a mapping of such tensors where samples are mappings.
+        labels: int64 ``[n]``, or ``None`` where they are hidden.
+    """
+
+    inputs: Any
+    labels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(next(iter(self.inputs.values()))) if isinstance(self.inputs, Mapping) else len(self.inputs)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Tables and rows.
+
+    Args:
+        table: the training table.
+        test: the test table.
+        train: for every client, the rows of `table` it trains on; int64, sorted.
+        val: for every client, the rows of `table` it keeps for validation; int64, may be empty.
+        public_rows: the rows of `table` that are the server's; int64, may be empty.
+        test_rows: the rows of `test` to evaluate on; int64, sorted.
+        public: the server's data, or ``None``.
+    """
+
+    table: Arrays | Samples
+    test: Arrays | Samples
+    train: list[Tensor]
+    val: list[Tensor]
+    public_rows: Tensor
+    test_rows: Tensor
+    public: PublicSet | None
+
+    def pooled(self) -> Split:
+        """The same rows, all with one client."""
+        train, val = (torch.cat(parts).sort().values for parts in (self.train, self.val))
+        return replace(self, train=[train], val=[val])
+
+    def label_counts(self) -> Tensor:
+        """int64 ``[clients, C]``: the training rows each client has of each class."""
+        c = self.table.num_classes
+        return torch.stack([torch.bincount(self.table.labels[rows], minlength=c) for rows in self.train])
+
+    def hash(self) -> str:
+        """64 hex digits over who has which rows, over the public and test rows, and over all labels."""
+        digest = hashlib.sha256()
+        parts = [*self.train, *self.val, self.public_rows, self.test_rows, self.table.labels, self.test.labels]
+        for rows in parts:
+            digest.update(len(rows).to_bytes(8, "little"))
+            digest.update(rows.numpy().astype("<i8", copy=False).tobytes())
+        return digest.hexdigest()
+
+
+def make_split(
+    dataset: Any,
+    test: Any,
+    partitioner: Partitioner,
+    *,
+    public: Any,
+    public_labels: bool,
+    train_fraction: float,
+    val_fraction: float,
+    limit_test: int | None,
+    seed: int,
+    options: Options,
+) -> Split:
+    """Load `dataset` and deal it; the arguments are those of `FederatedDataModule`.
+
+    Raises:
+        ValueError: no test set, more public rows than there are, or a client without rows.
+    """
+    table = load_table(dataset, "train", options)
+    # One stratified order of the rows: clients take from its start, the test share and the public rows from its end, so
+    # that switching the public set on does not change what clients have, as long as the rows last.
+    order = torch.from_numpy(stratified_order(table.labels, "split", seed))
+    held = round(test * len(table)) if isinstance(test, float) else 0
+    shared = public if isinstance(public, int) else 0
+    left = len(table) - held - shared
+    if left < 1:
+        raise ValueError(
+            f"Expected `public` and `test` to leave rows of the {len(table)} there are to the clients, "
+            f"but {shared} are public and {held} held out."
+        )
+    mine = order[: min(left, max(1, round(train_fraction * (len(table) - held))))].sort().values
+    public_rows = order[left : left + shared].sort().values
+
+    if isinstance(test, float):
+        test_table, test_rows = table, order[len(table) - held :].sort().values
+    else:
+        test_table = _test_table(dataset, test, table, options)
+        test_rows = torch.arange(len(test_table))
+    if limit_test is not None and limit_test < len(test_rows):
+        some = stratified_order(test_table.labels[test_rows], "test", 0)[:limit_test]
+        test_rows = test_rows[torch.from_numpy(np.sort(some))]
+
+    classes = max(table.num_classes, test_table.num_classes)
+    table, test_table = replace(table, num_classes=classes), replace(test_table, num_classes=classes)
+    values = table.groups if isinstance(partitioner, Natural) else table.labels
+    assert values is not None
+    train, val = [], []
+    for k, part in enumerate(partitioner(values[mine], seed)):
+        rows, kept = mine[part], min(round(val_fraction * len(part)), len(part) - 1)
+        if kept:
+            places = torch.from_numpy(stratified_order(table.labels[rows], "validation", seed, k))
+            train.append(rows[places[:-kept]].sort().values)
+            val.append(rows[places[-kept:]].sort().values)
+        else:
+            train.append(rows)
+            val.append(rows[:0])
+    return Split(
+        table,
+        test_table,
+        train,
+        val,
+        public_rows,
+        test_rows,
+        _public(public, public_labels, table, public_rows, options),
+    )
+
+
+def _test_table(dataset: Any, test: Any, table: Arrays | Samples, options: Options) -> Arrays | Samples:
+    names = table.class_names if isinstance(table, Arrays) else None
+    o = replace(options, partition_column=None, class_names=names)
+    if test is not None:
+        whole = isinstance(test, str | Path) and Path(test).is_file()
+        return load_table(test, "train" if whole else "test", o)
+    if not isinstance(dataset, str | Path | Mapping):
+        raise ValueError(
+            f"Expected `test` to be given, since a {type(dataset).__name__} has no test split: a dataset, or a share such "
+            "as test=0.2 to hold out."
+        )
+    return load_table(dataset, "test", o)
+
+
+def _public(public: Any, labelled: bool, table: Arrays | Samples, rows: Tensor, options: Options) -> PublicSet | None:
+    if public is None:
+        return None
+    if isinstance(public, Tensor):
+        if labelled:
+            raise ValueError(
+                "Expected `public` to have labels, since `public_labels` is True, but got a tensor of inputs."
+            )
+        return PublicSet(public)
+    if not isinstance(public, int):
+        table = load_table(
+            public,
+            "train",
+            Options(data_dir=options.data_dir, image_size=options.image_size, cache_dir=options.cache_dir),
+        )
+        rows = torch.arange(len(table))
+    return PublicSet(table.batch(rows), table.labels[rows] if labelled else None)
