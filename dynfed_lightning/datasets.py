@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset
 
 from dynfed_lightning.arrays import LABELS, Arrays, Options, Samples, codes, pick
 from dynfed_lightning.images import missing
@@ -87,7 +87,7 @@ def split_of(names: list[str], split: str) -> str:
     raise ValueError(f"Expected the dataset to have a {split!r} split, but it has {names}.")
 
 
-def _samples(dataset: Dataset | Any, o: Options) -> Samples:
+def _samples(dataset: Any, o: Options) -> Samples:
     first = dataset[0] if len(dataset) else ()
     key = None
     if isinstance(first, Mapping):

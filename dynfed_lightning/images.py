@@ -62,7 +62,8 @@ def decode_images(cells: Sequence[Any], image_size: int | None = None, column: s
             raise ValueError(f"Expected 8-bit images in `{column}`, but row {row} has pillow's mode {image.mode!r}.")
         return image
 
-    mode, row, out = "L", 0, np.empty(0, np.uint8)
+    mode, row = "L", 0
+    out: np.ndarray = np.empty((0, 0, 0), np.uint8)
     while row < len(cells):
         image = opened(row)
         if mode == "L" and image.mode not in _GREY:

@@ -59,8 +59,8 @@ class RowLoader:
             rows = rows[torch.randperm(len(rows), generator=generator)]
         if isinstance(self.table, Samples):
             # A generator of its own, or torch's DataLoader would take a number from the global one.
-            options = {"drop_last": self.drop_last, "generator": generator}
-            return iter(DataLoader(self.table.dataset, self.batch_size, sampler=rows.tolist(), **options))
+            data, b, last = self.table.dataset, self.batch_size, self.drop_last
+            return iter(DataLoader(data, b, sampler=rows.tolist(), drop_last=last, generator=generator))
         return self._batches(self.table, rows, generator)
 
     def _batches(self, table: Arrays, rows: Tensor, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -66,7 +67,7 @@ class MLP(FeaturesHead):
     def __init__(self, in_features: int, hidden: Sequence[int] = (64,), num_classes: int = 10) -> None:
         widths = [check_int("in_features", in_features, 1), *(check_int("hidden", h, 1) for h in hidden)]
         layers: list[nn.Module] = [nn.Flatten()]
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in itertools.pairwise(widths):
             layers += [nn.Linear(before, after), nn.ReLU()]
         super().__init__(nn.Sequential(*layers), widths[-1], num_classes)
 

@@ -131,15 +131,8 @@ def make_split(
         else:
             train.append(rows)
             val.append(rows[:0])
-    return Split(
-        table,
-        test_table,
-        train,
-        val,
-        public_rows,
-        test_rows,
-        _public(public, public_labels, table, public_rows, options),
-    )
+    shown = _public(public, public_labels, table, public_rows, options)
+    return Split(table, test_table, train, val, public_rows, test_rows, shown)
 
 
 def _test_table(dataset: Any, test: Any, table: Arrays | Samples, options: Options) -> Arrays | Samples:
@@ -166,10 +159,7 @@ def _public(public: Any, labelled: bool, table: Arrays | Samples, rows: Tensor, 
             )
         return PublicSet(public)
     if not isinstance(public, int):
-        table = load_table(
-            public,
-            "train",
-            Options(data_dir=options.data_dir, image_size=options.image_size, cache_dir=options.cache_dir),
-        )
+        plain = replace(options, image_column=None, label_column=None, partition_column=None)
+        table = load_table(public, "train", plain)
         rows = torch.arange(len(table))
     return PublicSet(table.batch(rows), table.labels[rows] if labelled else None)

@@ -44,9 +44,7 @@ def read_parquet(files: Sequence[Path], o: Options) -> Arrays:
     schema = opened[0].schema_arrow
     image = _image_column(schema, o)
     if image is None:
-        raise ValueError(
-            f"Expected `image_column` to be one of the columns {schema.names}, but got None, and none looks like images."
-        )
+        raise ValueError(f"Expected `image_column` to be one of the columns {schema.names}, but got None.")
     label, group = _other_columns(schema.names, o)
     names = o.class_names or _class_names(schema, label)
 
@@ -130,9 +128,8 @@ def load_image_folder(folder: Path) -> Mapping[str, Any]:
     except ImportError:
         raise
     except Exception as error:
-        raise ValueError(
-            f"Expected parquet files or an image folder in {folder}, but: {type(error).__name__}: {error}"
-        ) from error
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"Expected parquet files or an image folder in {folder}, but: {reason}") from error
 
 
 def _image_column(schema: Any, o: Options) -> str | None:
