@@ -112,15 +112,11 @@ class Codec:
         schema = Schema.of(tensors) if schema is None else schema
         trial = replace(ctx, state=dict(ctx.state))
         table, metas = encode_chain(self.stages, Table(parts_of(schema), _in_order(tensors, schema)), trial)
-        arenas: dict[str, tuple[str, list[np.ndarray]]] = {}
-        arrays = [_to_numpy(t) for t in table.tensors]
-        for part, array in zip(table.parts, arrays, strict=True):
-            arenas.setdefault(part.arena_name, (DTYPE_NAMES[part.dtype], []))[1].append(array)
-        payload = wire.write(schema.hash, self._chain, metas, arenas)
+        payload = wire.write(schema.hash, self._chain, metas, _gather(table))
         try:
             wire.check_values(payload, wire.read(payload, _header_limit(schema), verify=False))
         except NonFiniteError:
-            raise NonFiniteError(_name_culprit(tensors, table, arrays)) from None
+            raise NonFiniteError(_name_culprit(tensors, table)) from None
         ctx.state.update(trial.state)
         return payload
 
@@ -150,7 +146,7 @@ class Codec:
         layers = layout_chain(self._leaves, parts_of(schema), blob.metas)
         starts = _places(layers[-1], blob)
         wire.check_values(payload, blob)
-        received = [_to_tensor(payload, p, start) for p, start in zip(layers[-1], starts, strict=True)]
+        received = _receive(payload, blob, layers[-1], starts)
         tensors, inners = decode_chain(self._leaves, layers, received, blob.metas)
 
         def steps() -> Tensors:
@@ -270,7 +266,7 @@ def _places(parts: Sequence[Part], blob: wire.Blob) -> list[int]:
 
 
 def _bits(
-    leaves: Sequence[Stage], layers: Sequence[Sequence[Part]], metas: Sequence[Any], schema: Schema
+    leaves: Sequence[Stage], layers: Sequence[tuple[Part, ...]], metas: Sequence[Any], schema: Schema
 ) -> dict[str, int | None]:
     """Per tensor of the schema, the width of the largest of its parts that was quantised."""
     bits: dict[str, int | None] = dict.fromkeys(schema.names)
@@ -282,29 +278,60 @@ def _bits(
     return bits
 
 
+def _gather(table: Table) -> dict[str, tuple[str, list[np.ndarray]]]:
+    """The arrays of each arena, on the CPU. What stages made is small and is joined first: one transfer from a device."""
+    pieces: dict[str, list[Tensor]] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    joined: set[str] = set()
+    for part, tensor in zip(table.parts, table.tensors, strict=True):
+        name = part.arena_name
+        pieces.setdefault(name, []).append(tensor)
+        dtypes[name] = part.dtype
+        if part.arena is not None:
+            joined.add(name)
+    for name in joined:
+        pieces[name] = [torch.cat(pieces[name])]
+    return {n: (DTYPE_NAMES[dtypes[n]], [_to_numpy(t) for t in tensors]) for n, tensors in pieces.items()}
+
+
 def _to_numpy(tensor: Tensor) -> np.ndarray:
     """The tensor's bytes as a contiguous array on the CPU; a view where it already is one."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    flat = tensor.cpu().reshape(-1)
+    if not flat.is_contiguous():  # a one-dimensional view with gaps or expanded
+        flat = flat.contiguous()
     return flat.view(torch.int16).numpy() if flat.dtype == torch.bfloat16 else flat.numpy()
 
 
-def _to_tensor(payload: bytes, part: Part, start: int) -> Tensor:
-    """A copy of one part of the payload."""
-    if part.numel == 0:
-        return torch.empty(part.shape, dtype=part.dtype)
-    array = np.frombuffer(payload, _NUMPY[DTYPE_NAMES[part.dtype]], part.numel, start).copy()
-    tensor = torch.from_numpy(array)
-    if part.dtype == torch.bfloat16:
-        tensor = tensor.view(torch.bfloat16)
-    return tensor.reshape(part.shape)
+def _receive(payload: bytes, blob: wire.Blob, parts: Sequence[Part], starts: Sequence[int]) -> list[Tensor]:
+    """The parts' tensors: views of a copy of the arena for what only stages read, else memory of their own."""
+    sizes: dict[str, list[int]] = {}
+    for part in parts:
+        if part.arena is not None:
+            sizes.setdefault(part.arena, []).append(part.numel)
+    views = {
+        name: iter(_to_tensor(payload, blob.arenas[name].dtype, sum(ns), blob.arenas[name].start).split(ns))
+        for name, ns in sizes.items()
+        if name in blob.arenas
+    }
+    return [
+        next(views[p.arena])
+        if p.arena in views
+        else _to_tensor(payload, DTYPE_NAMES[p.dtype], p.numel, start).reshape(p.shape)
+        for p, start in zip(parts, starts, strict=True)
+    ]
 
 
-def _name_culprit(tensors: Tensors, table: Table, arrays: Sequence[np.ndarray]) -> str:
+def _to_tensor(payload: bytes, dtype: str, count: int, start: int) -> Tensor:
+    """A copy of `count` elements of the payload."""
+    tensor = torch.from_numpy(np.frombuffer(payload, _NUMPY[dtype], count, start if count else 0).copy())
+    return tensor.view(torch.bfloat16) if dtype == "BF16" else tensor
+
+
+def _name_culprit(tensors: Tensors, table: Table) -> str:
     """Say which tensor made the payload non-finite, and whether it came so."""
-    for part, array in zip(table.parts, arrays, strict=True):
-        name = DTYPE_NAMES[part.dtype]
-        if part.dtype.is_floating_point and array.size and not wire.all_finite(wire.as_bits(array, name), name):
+    for part, tensor in zip(table.parts, table.tensors, strict=True):
+        if part.dtype.is_floating_point and not torch.isfinite(tensor).all():
             if torch.isfinite(tensors[part.origin]).all():
-                return f"Expected {part.origin!r} to be finite after compression, but a value is too large for {part.dtype}."
+                return f"Expected {part.origin!r} to stay finite in the conversion to {part.dtype}, but a value is too large."
             return f"Expected {part.origin!r} to hold finite numbers only, but got NaN or infinity."
     return "Expected finite numbers only, but got NaN or infinity."

@@ -257,7 +257,7 @@ def check_values(payload: bytes, blob: Blob) -> None:
         MalformedPayloadError: a negative scale, or a boolean that is neither 0 nor 1.
     """
     for name, arena in blob.arenas.items():
-        if arena.dtype in _FLOATS and not all_finite(_view(payload, arena, _FLOATS[arena.dtype][0]), arena.dtype):
+        if arena.dtype in _FLOATS and not _all_finite(_view(payload, arena, _FLOATS[arena.dtype][0]), arena.dtype):
             raise NonFiniteError(f"Expected finite numbers in `{name}` only, but got NaN or infinity.")
         if name == "scales" and int(_view(payload, arena, "<u4").max()) >> 31:
             raise MalformedPayloadError("Expected no negative number in `scales`, but got one.")
@@ -269,12 +269,7 @@ def _view(payload: bytes, arena: Arena, dtype: str) -> NDArray[Any]:
     return np.frombuffer(payload, dtype, arena.numel, arena.start)
 
 
-def as_bits(array: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """A contiguous array of floats of this safetensors dtype, viewed as unsigned integers."""
-    return array.view(_FLOATS[dtype][0])
-
-
-def all_finite(bits: NDArray[Any], dtype: str) -> bool:
+def _all_finite(bits: NDArray[Any], dtype: str) -> bool:
     """Whether the floats with these bits, viewed as unsigned integers, hold neither NaN nor infinity."""
     _, mask, infinity = _FLOATS[dtype]
     m = bits.dtype.type(mask)

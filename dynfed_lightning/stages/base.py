@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dynfed_lightning.errors import MalformedPayloadError
-from dynfed_lightning.schema import DTYPE_NAMES, TensorSpec
+from dynfed_lightning.schema import DTYPE_NAMES, Schema
 
 Meta = str | int | float | list[Any] | dict[str, Any] | None  # JSON; what `layout` needs besides the rows
 
@@ -62,7 +63,8 @@ class Part(NamedTuple):
         raw: no later stage may change it.
         origin: the schema's tensor it belongs to.
         numel: its number of elements.
-        arena: the array of the payload it is written to; None means the raw array of its dtype.
+        arena: the array of the payload it is written to: a name for what only stages read (the receiver hands them views of
+            the array); None, the array of all raw parts of its dtype, for what may reach the user (each gets its own memory).
     """
 
     name: str
@@ -95,15 +97,16 @@ class Part(NamedTuple):
         return Part(f"{self.name}.{suffix}", shape, dtype, raw, self.origin, math.prod(shape), arena)
 
 
-def parts_of(specs: Iterable[TensorSpec]) -> list[Part]:
+@lru_cache(maxsize=64)
+def parts_of(schema: Schema) -> tuple[Part, ...]:
     """The rows of the first table."""
-    return [Part(s.name, s.shape, s.dtype, s.raw, s.name, math.prod(s.shape)) for s in specs]
+    return tuple(Part(s.name, s.shape, s.dtype, s.raw, s.name, s.numel) for s in schema)
 
 
 class Table(NamedTuple):
     """Rows and their tensors, in the same order."""
 
-    parts: list[Part]
+    parts: tuple[Part, ...]
     tensors: list[Tensor]
 
 
@@ -136,7 +139,7 @@ class Stage:
         """The sender's side: the new table, whose rows must be ``layout(table.parts, meta)``."""
         raise TypeError(f"{type(self).__name__} does not define `encode`.")
 
-    def layout(self, parts: Sequence[Part], meta: Meta) -> list[Part]:
+    def layout(self, parts: tuple[Part, ...], meta: Meta) -> tuple[Part, ...]:
         """The rows that `encode` makes of `parts`. `meta` comes from outside: allocate nothing, trust nothing.
 
         Raises:
@@ -144,24 +147,24 @@ class Stage:
         """
         raise TypeError(f"{type(self).__name__} does not define `layout`.")
 
-    def check(self, inner: Table, parts: Sequence[Part], meta: Meta) -> None:
+    def check(self, inner: Table, parts: tuple[Part, ...], meta: Meta) -> None:
         """Check received contents before `decode`.
 
         Raises:
             PayloadError: contents that `encode` could not have made.
         """
 
-    def decode(self, inner: Table, parts: Sequence[Part], meta: Meta) -> list[Tensor]:
+    def decode(self, inner: Table, parts: tuple[Part, ...], meta: Meta) -> list[Tensor]:
         """The receiver's side: a tensor for each of `parts`."""
         raise TypeError(f"{type(self).__name__} does not define `decode`.")
 
     def steps(
-        self, steps: Sequence[Tensor | None], inner: Table, parts: Sequence[Part], meta: Meta
+        self, steps: Sequence[Tensor | None], inner: Table, parts: tuple[Part, ...], meta: Meta
     ) -> list[Tensor | None]:
         """Carry the quantiser's step per element (None: not quantised) from the inner rows back to `parts`."""
         return list(steps) if len(steps) == len(parts) else [None] * len(parts)
 
-    def bits(self, parts: Sequence[Part], meta: Meta) -> list[int | None]:
+    def bits(self, parts: tuple[Part, ...], meta: Meta) -> Sequence[int | None]:
         """The bit-width that this stage gave to each of `parts`."""
         return [None] * len(parts)
 
@@ -192,7 +195,7 @@ def encode_chain(stages: Sequence[Stage], table: Table, ctx: CodecContext) -> tu
     return table, metas
 
 
-def layout_chain(leaves: Sequence[Stage], parts: list[Part], metas: Sequence[Meta]) -> list[list[Part]]:
+def layout_chain(leaves: Sequence[Stage], parts: tuple[Part, ...], metas: Sequence[Meta]) -> list[tuple[Part, ...]]:
     """The rows before, between and after the `leaves`.
 
     Raises:
@@ -207,7 +210,7 @@ def layout_chain(leaves: Sequence[Stage], parts: list[Part], metas: Sequence[Met
 
 
 def decode_chain(
-    leaves: Sequence[Stage], layers: Sequence[list[Part]], tensors: list[Tensor], metas: Sequence[Meta]
+    leaves: Sequence[Stage], layers: Sequence[tuple[Part, ...]], tensors: list[Tensor], metas: Sequence[Meta]
 ) -> tuple[list[Tensor], list[Table]]:
     """Undo `leaves` from the last to the first.
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -39,12 +37,12 @@ class Cast(Stage):
         tensors = [t.to(p.dtype) for p, t in zip(parts, table.tensors, strict=True)]
         return Table(parts, tensors), None
 
-    def layout(self, parts: Sequence[Part], meta: Meta) -> list[Part]:
+    def layout(self, parts: tuple[Part, ...], meta: Meta) -> tuple[Part, ...]:
         if meta is not None:
             raise MalformedPayloadError(f"Expected no index for a cast, but got {meta!a:.80}.")
-        return [p._replace(dtype=self.dtype) if self._applies(p) else p for p in parts]
+        return tuple(p._replace(dtype=self.dtype) if self._applies(p) else p for p in parts)
 
-    def decode(self, inner: Table, parts: Sequence[Part], meta: Meta) -> list[Tensor]:
+    def decode(self, inner: Table, parts: tuple[Part, ...], meta: Meta) -> list[Tensor]:
         return [t.to(p.dtype) for p, t in zip(parts, inner.tensors, strict=True)]
 
     def _applies(self, part: Part) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from dynfed_lightning.stages.base import (
     CodecContext,
     Meta,
+    Part,
     Stage,
     Table,
     decode_chain,
@@ -74,7 +74,7 @@ class ErrorFeedback(Stage):
         }
         return inner, metas
 
-    def layout(self, parts: Sequence[Any], meta: Meta) -> list[Any]:
+    def layout(self, parts: tuple[Part, ...], meta: Meta) -> tuple[Part, ...]:
         raise TypeError("Error feedback is undone by the stages that it wraps: use `leaves`.")
 
 

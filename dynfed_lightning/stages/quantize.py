@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,38 +52,24 @@ class Quantize(Stage):
         return f"quantize({self.bucket})"
 
     def encode(self, table: Table, ctx: CodecContext) -> tuple[Table, Meta]:
-        widths: list[int | None] = []
-        parts: list[Part] = []
+        specs = _candidates(table.parts)
+        runs = to_runs([check_bits(self.policy(s, ctx), f"bits of {s.name}") for s in specs])
+        plan = _plan(table.parts, runs, self.bucket)
         tensors: list[Tensor] = []
-        offset = (
-            0  # of the tensor's first random number: the count of elements before it, rounded up to 8 at each tensor
-        )
-        for part, tensor in zip(table.parts, table.tensors, strict=True):
-            bits = None
-            if part.compressible:
-                spec = TensorSpec(part.origin, part.shape, part.dtype)
-                bits = check_bits(self.policy(spec, ctx), f"bits of {part.origin}")
-                widths.append(bits)
-            if bits is not None and self._pays(part, bits):
-                flat = tensor.reshape(-1).contiguous()
-                flat = flat.float() if flat.dtype == torch.float64 else flat
-                parts += self._rows(part, bits)
-                tensors += ops.quantize_pack(flat, bits, self.bucket, ctx.seed, offset, self.rounding)
-            else:
-                parts.append(part)
+        for tensor, bits, offset in zip(table.tensors, plan.bits, plan.offsets, strict=True):
+            if bits is None:
                 tensors.append(tensor)
-            offset = -8 * (-(offset + part.numel) // 8)
-        return Table(parts, tensors), to_runs(widths)
+            else:
+                tensor = tensor.float() if tensor.dtype == torch.float64 else tensor
+                tensors += ops.quantize_pack(tensor, bits, self.bucket, ctx.seed, offset, self.rounding)
+        return Table(plan.rows, tensors), runs
 
-    def layout(self, parts: Sequence[Part], meta: Meta) -> list[Part]:
-        rows: list[Part] = []
-        for part, bits in zip(parts, self._widths(parts, meta), strict=True):
-            rows += [part] if bits is None else self._rows(part, bits)
-        return rows
+    def layout(self, parts: tuple[Part, ...], meta: Meta) -> tuple[Part, ...]:
+        return _plan(parts, _text(meta), self.bucket).rows
 
-    def check(self, inner: Table, parts: Sequence[Part], meta: Meta) -> None:
+    def check(self, inner: Table, parts: tuple[Part, ...], meta: Meta) -> None:
         rest = iter(inner.tensors)
-        for part, bits in zip(parts, self._widths(parts, meta), strict=True):
+        for part, bits in zip(parts, self.bits(parts, meta), strict=True):
             codes = next(rest)
             if bits is not None:
                 next(rest)
@@ -89,28 +77,31 @@ class Quantize(Stage):
                 if used and int(codes[-1]) >> used:
                     raise MalformedPayloadError(f"Expected unused bits after the codes of {part.name!r} to be 0.")
 
-    def decode(self, inner: Table, parts: Sequence[Part], meta: Meta) -> list[Tensor]:
+    def decode(self, inner: Table, parts: tuple[Part, ...], meta: Meta) -> list[Tensor]:
         rest = iter(inner.tensors)
         out: list[Tensor] = []
-        for part, bits in zip(parts, self._widths(parts, meta), strict=True):
+        largest = _largest_scale(inner)
+        for part, bits in zip(parts, self.bits(parts, meta), strict=True):
             codes = next(rest)
             if bits is None:
                 out.append(codes)
                 continue
-            values = ops.unpack_dequantize(codes, scales := next(rest), bits, self.bucket, part.numel)
-            limit = torch.finfo(part.dtype).max
-            if not _below(scales, limit / 2**bits):
+            values = ops.unpack_dequantize(codes, next(rest), bits, self.bucket, part.numel)
+            if largest > torch.finfo(part.dtype).max / 256:
                 # The largest value may round to just above what the dtype holds: saturate instead of decoding to infinity.
+                limit = torch.finfo(part.dtype).max
                 values = values.clamp_(-limit, limit)
-            out.append(values.to(part.dtype).reshape(part.shape))
+            if part.dtype != torch.float32:
+                values = values.to(part.dtype)
+            out.append(values.view(part.shape))
         return out
 
     def steps(
-        self, steps: Sequence[Tensor | None], inner: Table, parts: Sequence[Part], meta: Meta
+        self, steps: Sequence[Tensor | None], inner: Table, parts: tuple[Part, ...], meta: Meta
     ) -> list[Tensor | None]:
         rest = iter(inner.tensors)
         out: list[Tensor | None] = []
-        for part, bits in zip(parts, self._widths(parts, meta), strict=True):
+        for part, bits in zip(parts, self.bits(parts, meta), strict=True):
             next(rest)
             if bits is None:
                 out.append(None)
@@ -120,36 +111,59 @@ class Quantize(Stage):
             out.append(scales.repeat_interleave(self.bucket)[: part.numel].reshape(part.shape))
         return out
 
-    def bits(self, parts: Sequence[Part], meta: Meta) -> list[int | None]:
-        return self._widths(parts, meta)
-
-    def _pays(self, part: Part, bits: int) -> bool:
-        return _packed_bytes(part.numel, bits) + 4 * self._buckets(part) < part.num_bytes
-
-    def _buckets(self, part: Part) -> int:
-        return -(-part.numel // self.bucket)
-
-    def _rows(self, part: Part, bits: int) -> list[Part]:
-        codes = part.child("codes", (_packed_bytes(part.numel, bits),), torch.uint8, True, "codes")
-        return [codes, part.child("scales", (self._buckets(part),), torch.float32, True, "scales")]
-
-    def _widths(self, parts: Sequence[Part], meta: Meta) -> list[int | None]:
-        """The bits that each of `parts` really has: None where it is not quantised for whatever reason."""
-        candidates = [p for p in parts if p.compressible]
-        widths = iter(from_runs(meta, len(candidates)))
-        out: list[int | None] = []
-        for part in parts:
-            bits = next(widths) if part.compressible else None
-            out.append(bits if bits is not None and self._pays(part, bits) else None)
-        return out
+    def bits(self, parts: tuple[Part, ...], meta: Meta) -> Sequence[int | None]:
+        return _plan(parts, _text(meta), self.bucket).bits
 
 
-def _packed_bytes(n: int, bits: int) -> int:
-    return (n * bits + 7) // 8
+class _Plan(NamedTuple):
+    """What becomes of each part: its bits (None: it stays), its first random number, and the rows that result."""
+
+    bits: tuple[int | None, ...]
+    offsets: tuple[int, ...]
+    rows: tuple[Part, ...]
 
 
-def _below(scales: Tensor, limit: float) -> bool:
-    return float(scales.max()) < limit
+@lru_cache(maxsize=32)
+def _candidates(parts: tuple[Part, ...]) -> tuple[TensorSpec, ...]:
+    """The parts that a policy gives bits to, under the names of the tensors they came from."""
+    return tuple(TensorSpec(p.origin, p.shape, p.dtype) for p in parts if p.compressible)
+
+
+@lru_cache(maxsize=32)
+def _plan(parts: tuple[Part, ...], runs: str, bucket: int) -> _Plan:
+    # Cached, since a round encodes and decodes the same few tables again and again.
+    widths = iter(from_runs(runs, sum(p.compressible for p in parts)))
+    bits: list[int | None] = []
+    offsets: list[int] = []
+    rows: list[Part] = []
+    offset = 0  # the count of elements before the tensor, rounded up to 8 at each
+    for part in parts:
+        width = next(widths) if part.compressible else None
+        buckets = -(-part.numel // bucket)
+        if width is not None:
+            packed = (part.numel * width + 7) // 8
+            if packed + 4 * buckets < part.num_bytes:
+                rows.append(part.child("codes", (packed,), torch.uint8, True, "codes"))
+                rows.append(part.child("scales", (buckets,), torch.float32, True, "scales"))
+            else:
+                width = None
+        if width is None:
+            rows.append(part)
+        bits.append(width)
+        offsets.append(offset)
+        offset = -8 * (-(offset + part.numel) // 8)
+    return _Plan(tuple(bits), tuple(offsets), tuple(rows))
+
+
+def _largest_scale(inner: Table) -> float:
+    scales = [t for p, t in zip(inner.parts, inner.tensors, strict=True) if p.arena == "scales"]
+    return float(torch.cat(scales).max()) if scales else 0.0
+
+
+def _text(meta: Meta) -> str:
+    if not isinstance(meta, str):
+        raise MalformedPayloadError(f"Expected bits as run-length text, but got {meta!a:.80}.")
+    return meta
 
 
 def to_runs(widths: Iterable[int | None]) -> str:
@@ -175,7 +189,7 @@ def parse_runs(meta: Meta) -> list[tuple[int | None, int]]:
     Raises:
         MalformedPayloadError: not such a text.
     """
-    if not isinstance(meta, str) or not _RUNS.fullmatch(meta):
+    if not _RUNS.fullmatch(meta := _text(meta)):
         raise MalformedPayloadError(f"Expected bits as run-length text, but got {meta!a:.80}.")
     return [(_LETTERS.index(letter) or None, int(digits or 1)) for letter, digits in _RUN.findall(meta)]
 

@@ -67,18 +67,18 @@ class TopK(Stage):
             indices = _largest(flat, k)
             parts += _rows(part, k)
             tensors += [flat[indices], indices.to(_index_dtype(part.numel))]
-        return Table(parts, tensors), meta
+        return Table(tuple(parts), tensors), meta
 
-    def layout(self, parts: Sequence[Part], meta: Meta) -> list[Part]:
+    def layout(self, parts: tuple[Part, ...], meta: Meta) -> tuple[Part, ...]:
         if not (type(meta) is int and 1 <= meta < 2**48) and not (type(meta) is float and _is_fraction(meta)):
             raise MalformedPayloadError(f"Expected a count or a share of entries, but got {meta!a:.80}.")
         rows: list[Part] = []
         for part in parts:
             k = _kept(part, meta)
             rows += [part] if k is None else _rows(part, k)
-        return rows
+        return tuple(rows)
 
-    def check(self, inner: Table, parts: Sequence[Part], meta: Meta) -> None:
+    def check(self, inner: Table, parts: tuple[Part, ...], meta: Meta) -> None:
         rest = iter(inner.tensors)
         for part in parts:
             next(rest)
@@ -90,7 +90,7 @@ class TopK(Stage):
                         f"Expected the indices of {part.name!r} to ascend from 0 to at most {part.numel - 1}."
                     )
 
-    def decode(self, inner: Table, parts: Sequence[Part], meta: Meta) -> list[Tensor]:
+    def decode(self, inner: Table, parts: tuple[Part, ...], meta: Meta) -> list[Tensor]:
         rest = iter(inner.tensors)
         out: list[Tensor] = []
         for part in parts:
@@ -100,7 +100,7 @@ class TopK(Stage):
         return out
 
     def steps(
-        self, steps: Sequence[Tensor | None], inner: Table, parts: Sequence[Part], meta: Meta
+        self, steps: Sequence[Tensor | None], inner: Table, parts: tuple[Part, ...], meta: Meta
     ) -> list[Tensor | None]:
         rest = iter(zip(steps, inner.tensors, strict=True))
         out: list[Tensor | None] = []
