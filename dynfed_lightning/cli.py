@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,7 @@ def finish(config: dict[str, Any]) -> dict[str, Any]:
     name = str(config.get("name") or algorithm)
     seed = config.get("seed", 0)
     trainer = {
+        "devices": 1,
         "logger": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
@@ -135,7 +137,8 @@ def finish(config: dict[str, Any]) -> dict[str, Any]:
     callbacks = trainer.get("callbacks") or []
     if not any("Checkpoint" in str(c.get("class_path", "")) for c in callbacks if isinstance(c, dict)):
         trainer.setdefault("enable_checkpointing", False)
-    out = str(config.get("out") or f"runs/{slug(name)}")
+    dataset = config["data"].get("dataset")
+    out = str(config.get("out") or f"runs/{slug(f'{dataset} {name}' if isinstance(dataset, str) else name)}")
     trainer.setdefault("default_root_dir", out)
     data = {"seed": seed, **config["data"]}
     return {**config, "seed": seed, "name": name, "out": out, "trainer": trainer, "data": data}
@@ -159,6 +162,8 @@ def fit(config: dict[str, Any], ckpt: str | None = None) -> Path:
     Raises:
         ConfigError, ValueError, TypeError, OSError: found before any training: a wrong value, an unwritable folder.
     """
+    import lightning as L
+
     from dynfed_lightning import config as configs
 
     config = finish(config)
@@ -167,13 +172,15 @@ def fit(config: dict[str, Any], ckpt: str | None = None) -> Path:
     parser, namespace = configs.parse(config)
     if ckpt is not None and not Path(ckpt).is_file():
         raise FileNotFoundError(f"Expected `ckpt` to be a checkpoint file, but there is no {ckpt}.")
-    from dynfed_lightning.callbacks import RoundProgress, RunRecorder
     from dynfed_lightning.data import FederatedDataModule
     from dynfed_lightning.federation import Federation
-    from dynfed_lightning.quiet import isolated_rng, quiet_lightning, quiet_trainer
+    from dynfed_lightning.quiet import isolated_rng, quiet_lightning
+    from dynfed_lightning.recorder import RoundProgress, RunRecorder
 
     # The initial weights depend on the seed alone, whatever else has drawn from the generators of this process.
     with quiet_lightning(), isolated_rng(config["seed"]):
+        # True of any other data set: this one's only batch is a cohort, and it has no workers.
+        warnings.filterwarnings("ignore", message=r".*`IterableDataset` has `__len__` defined.*")
         made = configs.instantiate(parser, namespace)
         federation = Federation(made.module, made.algorithm, local=made.local, seed=made.seed, **vars(made.federation))
         data = FederatedDataModule(**vars(made.data))
@@ -183,7 +190,7 @@ def fit(config: dict[str, Any], ckpt: str | None = None) -> Path:
         info = {"name": config["name"], "seed": config["seed"]}
         recorder = RunRecorder(out, info=info)
         (out / "config.yaml").write_text(configs.dump_namespace(parser, namespace), encoding="utf-8")
-        trainer = quiet_trainer(**{**arguments, "callbacks": [*callbacks, recorder, RoundProgress(config["name"])]})
+        trainer = L.Trainer(**arguments, callbacks=[*callbacks, recorder, RoundProgress(config["name"])])
         trainer.fit(federation, datamodule=data, ckpt_path=ckpt)
     if getattr(trainer, "interrupted", False):
         raise KeyboardInterrupt

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import inspect
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from dynfed_lightning.lookup import ConfigError, find_class, parameters, short_names, unknown
 
 SECTIONS = {
     "seed": "of everything random: the split, the cohorts, the initial weights, the rounding",
@@ -31,30 +32,19 @@ SECTIONS = {
 REQUIRED = ("module", "algorithm", "data")
 CLASS_SECTIONS = ("module", "algorithm", "local")
 _CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
-# Where short names are looked up, in this order.
-_SHORT = (
-    "dynfed_lightning.algorithms",
-    "dynfed_lightning.module",
-    "dynfed_lightning.local",
-    "dynfed_lightning.models",
-    "dynfed_lightning.partition",
-    "dynfed_lightning.resources",
-    "dynfed_lightning.schedules",
-    "dynfed_lightning.bits",
-    "dynfed_lightning.codec",
-    "dynfed_lightning.stages",
-    "dynfed_lightning.teachers",
-    "dynfed_lightning.distill",
-    "dynfed_lightning.callbacks",
-    "lightning.pytorch.callbacks",
-    "lightning.pytorch.loggers",
-)
-
 Config = dict[str, Any]
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message is one line for a person."""
+__all__ = [
+    "SECTIONS",
+    "Config",
+    "ConfigError",
+    "check",
+    "dump",
+    "dump_namespace",
+    "instantiate",
+    "load",
+    "merge",
+    "parse",
+]
 
 
 def load(paths: Sequence[str | Path], overrides: Iterable[str] = ()) -> Config:
@@ -166,7 +156,7 @@ def check(config: Config) -> Config:
     """
     for key in config:
         if key not in SECTIONS:
-            raise ConfigError(_unknown("key", str(key), SECTIONS))
+            raise ConfigError(unknown("key", str(key), SECTIONS))
     for key in REQUIRED:
         if not config.get(key):
             raise ConfigError(f"Expected a section `{key}` ({SECTIONS[key]}), but there is none.")
@@ -189,12 +179,12 @@ def _section_classes() -> dict[str, type]:
     return {"trainer": trainer, "federation": federation, "data": data}
 
 
-def _check_call(cls: type, arguments: Mapping[str, Any], where: str) -> Config:
+def _check_call(cls: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> Config:
     """Check `arguments` against the signature of `cls`, and whatever classes they hold in turn."""
     known = parameters(cls)
     for key in arguments:
         if known is not None and key not in known:
-            raise ConfigError(_unknown("key", str(key), known, where))
+            raise ConfigError(unknown("key", str(key), known, where))
     return {k: _check_value(v, f"{where}.{k}") for k, v in arguments.items()}
 
 
@@ -209,112 +199,21 @@ def _check_value(value: Any, where: str) -> Any:
                 next(str(k) for k in value if k != "init_args") if len(value) > 1 or "init_args" not in value else ""
             )
             raise ConfigError(
-                _unknown("key", extra, ("class_path",), where) if extra else f"`{where}` lacks `class_path`."
+                unknown("key", extra, ("class_path",), where) if extra else f"`{where}` lacks `class_path`."
             )
         return {k: _check_value(v, f"{where}.{k}") for k, v in value.items()}
     for key in value:
         if key not in _CLASS_KEYS:
-            raise ConfigError(_unknown("key", str(key), _CLASS_KEYS, where))
+            raise ConfigError(unknown("key", str(key), _CLASS_KEYS, where))
     cls = find_class(value["class_path"], where)
     arguments = value.get("init_args") or {}
     if not isinstance(arguments, Mapping):
         raise ConfigError(f"Expected `{where}.init_args` to be a mapping, but got {arguments!r}.")
-    checked = {**value, "class_path": f"{cls.__module__}.{cls.__qualname__}"}
+    path = value["class_path"] if "." in value["class_path"] else f"{cls.__module__}.{cls.__qualname__}"
+    checked = {**value, "class_path": path}
     if arguments:
         checked["init_args"] = _check_call(cls, arguments, where)
     return checked
-
-
-def parameters(cls: type) -> list[str] | None:
-    """The names `cls` takes, following ``**kwargs`` to its base classes; None if a C function hides them."""
-    names: dict[str, None] = {}
-    for base in cls.__mro__:
-        init = base.__dict__.get("__init__")
-        if init is None:
-            continue
-        try:
-            # Lightning's Trainer wraps its __init__; the signature is that of the function inside.
-            signature = inspect.signature(init)
-        except (TypeError, ValueError):
-            return None
-        kinds = [p.kind for p in signature.parameters.values()]
-        names |= {
-            n: None
-            for n, p in list(signature.parameters.items())[1:]
-            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-        }
-        if inspect.Parameter.VAR_KEYWORD not in kinds:
-            return list(names)
-    return None if names == {} else list(names)
-
-
-def short_names() -> dict[str, type]:
-    """Every class that goes by its short name -> the class; names earlier in `_SHORT` win."""
-    found: dict[str, type] = {}
-    for module in _SHORT:
-        try:
-            loaded = importlib.import_module(module)
-        except ImportError as error:
-            if error.name and error.name.startswith(module):
-                continue  # this part of the package is not there
-            raise
-        public = getattr(loaded, "__all__", None) or [n for n in vars(loaded) if not n.startswith("_")]
-        for name in public:
-            value = getattr(loaded, name, None)
-            own = isinstance(value, type) and value.__module__.startswith(("dynfed_lightning", "lightning.pytorch"))
-            if own and isinstance(value, type):
-                found.setdefault(name, value)
-    return found
-
-
-def find_class(name: Any, where: str) -> type:
-    """The class called `name`: a short name, or an import path ``package.module.Class``.
-
-    Raises:
-        ConfigError: nothing of that name; the nearest short name is suggested.
-    """
-    if not isinstance(name, str) or not name:
-        raise ConfigError(f"Expected `{where}.class_path` to be a class's name, but got {name!r}.")
-    module, dot, attribute = name.rpartition(".")
-    if not dot:
-        known = short_names()
-        if name in known:
-            return known[name]
-        fitting = _fitting(known, where)
-        raise ConfigError(_unknown("class", name, fitting, where, listing=len(fitting) < 30))
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except ImportError as error:
-        raise ConfigError(f"Cannot import `{name}` of `{where}`: {error}.") from error
-    except AttributeError as error:
-        candidates = [n for n, v in vars(importlib.import_module(module)).items() if isinstance(v, type)]
-        raise ConfigError(_unknown("class", name, [f"{module}.{c}" for c in candidates], where)) from error
-    if not isinstance(found, type):
-        raise ConfigError(f"Expected `{where}.class_path` to be a class, but `{name}` is a {type(found).__name__}.")
-    return found
-
-
-def _fitting(known: Mapping[str, type], where: str) -> list[str]:
-    """For the sections whose type is known, only the names that fit there."""
-    home = {"algorithm": "dynfed_lightning.algorithm", "local": "dynfed_lightning.local"}.get(where)
-    if home is None:
-        return list(known)
-    base = getattr(importlib.import_module(home), {"algorithm": "Algorithm", "local": "LocalExecutor"}[where])
-    return [n for n, c in known.items() if issubclass(c, base) and c is not base]
-
-
-def _unknown(what: str, name: str, known: Iterable[str], where: str = "", listing: bool = True) -> str:
-    known = [str(k) for k in known]
-    full = f"{where}.{name}" if where and what == "key" else name
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if not near:  # `dynfed` for `DynFed`
-        near = [k for k in known if k.lower() == name.lower()] or near
-    place = f" in `{where}`" if what == "class" else ""
-    if near:
-        return f"Unknown {what} `{full}`{place}; did you mean `{near[0]}`?"
-    return f"Unknown {what} `{full}`{place}" + (
-        f"; there are: {', '.join(sorted(known))}." if listing and known else "."
-    )
 
 
 def parser() -> Any:
@@ -332,15 +231,13 @@ def parser() -> Any:
     p.add_argument("--name", type=str, default="run", help=SECTIONS["name"])
     p.add_argument("--out", type=str, default="runs/run", help=SECTIONS["out"])
     p.add_class_arguments(classes["trainer"], "trainer", instantiate=False)
-    p.add_subclass_arguments(lightning.LightningModule, "module", required=True, help=SECTIONS["module"])
+    p.add_argument("--module", type=lightning.LightningModule, help=SECTIONS["module"])
     algorithm = importlib.import_module("dynfed_lightning.algorithm").Algorithm
-    p.add_subclass_arguments(algorithm, "algorithm", required=True, help=SECTIONS["algorithm"])
+    p.add_argument("--algorithm", type=algorithm, help=SECTIONS["algorithm"])
     p.add_argument("--local", type=str | executor, default="trainer", help=SECTIONS["local"])
     skip = {"module", "algorithm", "local", "seed"}
     p.add_class_arguments(classes["federation"], "federation", skip=skip, instantiate=False)
-    p.add_class_arguments(
-        classes["data"], "data", skip={"seed"} & set(parameters(classes["data"]) or ()), instantiate=False
-    )
+    p.add_class_arguments(classes["data"], "data", instantiate=False)
     return p
 
 
@@ -373,22 +270,32 @@ def dump_namespace(p: Any, namespace: Any) -> str:
 
 
 def instantiate(p: Any, namespace: Any) -> Any:
-    """Build the objects of what `parse` returned; constructors' own errors come through as they are."""
+    """Build the objects of what `parse` returned.
+
+    Raises:
+        ConfigError: a constructor refused its arguments; the message is its own.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        return p.instantiate(namespace)
+        try:
+            return p.instantiate(namespace)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(_one_line(str(error))) from error
 
 
 def _one_line(message: str) -> str:
     """The essence of jsonargparse's nested message: the full key, what was expected, what came."""
     keys = re.findall(r'Parser key "([^"]+)"', message)
-    values = re.findall(r"Given value: (.*)", message)
-    expected = re.findall(r"Subtypes: \[(.*)\]", message) or re.findall(r"Expected an? (<class '[^']+'>)", message)
-    if keys and values:
-        # The innermost key comes last; its value is the first one printed.
-        kinds = re.sub(r"<class '(?:builtins\.)?([\w.]+)'>", r"\1", expected[-1] if expected else "")
-        kinds = kinds.replace("NoneType", "null").replace(", ", " or ") or "another value"
-        if "[" not in kinds:
-            return f"Expected `{'.'.join(keys)}` to be {kinds}, but got {values[0]!r}."
-        return f"Expected `{'.'.join(keys)}` to be of type {expected[-1]}, but got {values[0]!r}."
+    lost = re.search(r"Expected a dot import path string: (\S+)", message)
+    if lost:
+        return unknown("class", lost[1], short_names(), ".".join(keys), listing=False)
+    own = re.findall(r"Expected `.*", message)
+    if own:  # what a constructor said
+        return own[-1].strip()
+    values = re.findall(r"(?:Given value|Got value): (.*)", message)
+    kinds = re.findall(r"Expected an? <class '([^']+)'>", message) or re.findall(r"Expected an? ([^\n<`]\S*)", message)
+    kinds = list(dict.fromkeys(k.rstrip(".,").replace("NoneType", "null") for k in kinds))
+    if keys and values and kinds:
+        # The innermost key comes last, its value first.
+        return f"Expected `{'.'.join(keys)}` to be {' or '.join(kinds)}, but got {values[0].strip()!r}."
     return " ".join(message.split())
