@@ -191,6 +191,11 @@ class Distillation:
         if self.schedule is not None:
             check_choice("schedule", self.schedule, ("cosine",))
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The optional fields of `TeacherContext` that the policy cannot do without."""
+        return as_policy(self.policy).needs
+
     @classmethod
     def feddf(cls, **changes: Any) -> Distillation:
         """FedDF's recipe: KL to the softmax of the mean logits, Adam 1e-3 cosine, batch 128, early stopping.

@@ -33,6 +33,7 @@ _HARMLESS = (
     r".*You passed in a `val_dataloader` but have no `validation_step`.*",
     r".*You defined a `validation_step` but have no `val_dataloader`.*",
     r".*Found .* module\(s\) in eval mode at the start of training.*",
+    r"Total length of .* across ranks is zero.*",  # quiet_fit raises
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
 )
 _lock = threading.Lock()
