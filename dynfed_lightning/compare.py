@@ -208,8 +208,9 @@ def write(
     except ImportError as error:
         print(f"dynfed: no figure: {error}", file=sys.stderr)
     _show(comparison)
-    for path in [*written, *sorted(p for f in folders for p in (f / "plots").glob("*.png"))]:
+    for path in written:
         print(path)
+    print(f"each run's own plots: {out}/*/seed*/plots/*.png")
     return comparison
 
 

@@ -97,8 +97,8 @@ def _heat_map(run: Run, column: str, path: str | Path, title: str, label: str, d
         cmap = matplotlib.colormaps["viridis_r"].resampled(max(2, len(edges) - 1))
         norm: Any = colors.BoundaryNorm(edges, cmap.N) if len(edges) > 2 else colors.Normalize(low - 0.5, high + 0.5)
     else:
-        cmap, norm = matplotlib.colormaps["YlGnBu"].copy(), colors.Normalize(0, high if high > 0 else 1)
-    cmap.set_bad("#f2f2f2")
+        cmap, norm = matplotlib.colormaps["YlGnBu"], colors.Normalize(0, high if high > 0 else 1)
+    cmap = cmap.with_extremes(bad="#f2f2f2")
     extent = (rounds[0] - 0.5, rounds[-1] + 0.5, len(ids) - 0.5, -0.5)
     image = ax.imshow(
         np.ma.masked_invalid(values), aspect="auto", interpolation="none", cmap=cmap, norm=norm, extent=extent

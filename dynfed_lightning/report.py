@@ -109,7 +109,7 @@ class Run:
 
     def rounds_to(self, target: float) -> float:
         """The first round whose accuracy is at least `target`; NaN if none is."""
-        reached = np.flatnonzero(self.accuracy >= target)
+        reached = np.flatnonzero(self.accuracy >= target - 1e-9)  # a mean of equal numbers may miss them by a bit
         return float(self.column("round")[reached[0]]) if reached.size else math.nan
 
     @property

@@ -1,0 +1,216 @@
+"""Tables and figures, from run folders written by hand so that every number can be checked."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dynfed_lightning import plots
+from dynfed_lightning.report import Comparison, Run, read_csv, summarise
+
+
+def write_run(
+    path: Path,
+    accuracy: list[float | None],
+    up: int,
+    *,
+    name: str = "FedAvg",
+    bits: list[int | None] | None = None,
+    shares: bool = False,
+    failures: str = "",
+    seconds: float = 0.5,
+) -> Run:
+    """A run of 3 clients of which two take part in each round; every round sends `up` bytes and receives twice that."""
+    path.mkdir(parents=True)
+    rounds, clients = [], []
+    for t, a in enumerate(accuracy, start=1):
+        b = bits[t - 1] if bits else None
+        failed = 1 if failures and t == 1 else 0
+        cells = [t, a, up, 2 * up, t * up, 2 * t * up, b, b, b, failed, failures if failed else "", seconds]
+        rounds.append(["" if c is None else c for c in cells])
+        for k in (t % 3, (t + 1) % 3):
+            clients.append([t, k, "ok", "" if b is None else b + k, up // 2, 0.25 * (k + 1) if shares else ""])
+    header = ["round", "accuracy", "bytes_up", "bytes_down", "total_bytes_up", "total_bytes_down"]
+    header += ["bits_mean", "bits_min", "bits_max", "failed", "failures", "seconds"]
+    for file, columns, rows in (
+        ("rounds.csv", header, rounds),
+        ("clients.csv", ["round", "client", "status", "bits", "bytes_up", "teacher_share"], clients),
+    ):
+        with open(path / file, "w", newline="", encoding="utf-8") as f:
+            csv.writer(f).writerows([columns, *rows])
+    summary = {"method": name, "name": name, "seed": 0, "num_clients": 4, "dataset": "digits", "seconds": 7.0}
+    (path / "summary.json").write_text(json.dumps(summary))
+    return Run.read(path)
+
+
+def test_read_csv_tells_numbers_from_words(tmp_path: Path) -> None:
+    file = tmp_path / "x.csv"
+    file.write_text("a,b,c\n1,ok,\n2.5,,\n")
+    columns = read_csv(file)
+    assert columns["a"] == [1.0, 2.5]
+    assert columns["b"] == ["ok", ""]
+    assert all(math.isnan(v) for v in columns["c"])
+
+
+def test_numbers_of_a_run(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", [0.5, None, 0.7, 0.9], 1_000_000)
+    assert run.final_accuracy(last=2) == pytest.approx(0.8)
+    assert run.final_accuracy(last=99) == pytest.approx(0.7)  # a round without validation is no zero
+    assert run.best_accuracy() == 0.9
+    assert run.rounds_to(0.7) == 3
+    assert math.isnan(run.rounds_to(0.95))
+    assert run.megabytes_up.tolist() == [1, 2, 3, 4]
+    assert run.megabytes_down.tolist() == [2, 4, 6, 8]
+    assert run.seconds == 7.0
+
+
+def test_clients_as_a_matrix(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", [0.5, 0.6], 10, bits=[4, 2])
+    values, ids, rounds = run.per_client("bits")
+    assert (ids, rounds) == ([0, 1, 2, 3], [1, 2])  # client 3 never took part, and has its row all the same
+    nan = math.nan
+    np.testing.assert_array_equal(values, [[nan, 2], [5, nan], [6, 4], [nan, nan]])
+    assert run.per_client("teacher_share")[1] == []
+    assert run.per_client("status")[1] == []
+    assert run.per_client("nothing")[1] == []
+
+
+def test_summary_text(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", [0.5, 0.75], 2_000_000, bits=[2, 6], failures="nan_loss:1;payload:2")
+    lines = dict(line.split(None, 1) for line in summarise(tmp_path / "a").splitlines())
+    assert summarise(run) == summarise(tmp_path / "a")
+    assert lines["rounds"] == "2"
+    assert lines["accuracy"] == "62.50 % (mean of the last 5), 75.00 % best"
+    assert lines["bits"] == "4.00 on average, 2 to 6"
+    assert "sent up" in summarise(run) and "4 MB" in summarise(run) and "8 MB" in summarise(run)
+    assert "1 client rounds: 1 nan_loss, 2 payload" in summarise(run)
+
+
+def test_summary_of_an_interrupted_run(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", [0.5], 10)
+    (tmp_path / "a" / "summary.json").unlink()
+    (tmp_path / "a" / "clients.csv").unlink()
+    text = summarise(tmp_path / "a")
+    assert text.splitlines()[0].split() == ["run", "a"]
+    assert "seconds" in text and "0.5" in text
+
+
+def test_no_run_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"Expected `run_dir` to be a run's folder with a rounds.csv, but got"):
+        summarise(tmp_path)
+
+
+@pytest.fixture
+def comparison(tmp_path: Path) -> Comparison:
+    """FedAvg: 0.8 and 0.84 at the end for 12 MB; DynFed: at 0.82 in round 2 with one seed of two, for 2 MB."""
+    runs = [
+        write_run(tmp_path / "a0", [0.5, 0.6, 0.80], 4_000_000),
+        write_run(tmp_path / "d0", [0.7, 0.82, 0.90], 500_000, name="DynFed", bits=[2, 4, 6]),
+        write_run(tmp_path / "a1", [0.5, 0.7, 0.84], 4_000_000),
+        write_run(tmp_path / "d1", [0.6, 0.70, 0.80], 700_000, name="DynFed", bits=[2, 4, 6]),
+    ]
+    return Comparison.of(runs, last=1)
+
+
+def test_comparison_numbers(comparison: Comparison) -> None:
+    assert comparison.baseline == "FedAvg"
+    assert comparison.target == pytest.approx(0.82)
+    fedavg, dynfed = comparison.rows()
+    assert (fedavg.label, dynfed.label) == ("FedAvg", "DynFed")
+    assert fedavg.final.tolist() == [0.80, 0.84]
+    assert fedavg.megabytes_up == 12.0
+    assert fedavg.uplink_ratio == 1.0
+    assert dynfed.megabytes_up == pytest.approx(1.8)
+    assert dynfed.uplink_ratio == pytest.approx(0.15)
+    assert dynfed.rounds_to_target[0] == 2 and math.isnan(dynfed.rounds_to_target[1])
+    assert dynfed.best.tolist() == [0.90, 0.80]
+
+
+def test_comparison_table(comparison: Comparison) -> None:
+    lines = comparison.markdown().splitlines()
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
+    assert cells[0] == [
+        "method", "seeds", "accuracy % (last 1)", "best %", "rounds to 82.0 %", "MB up", "MB down", "uplink / FedAvg", "seconds",
+    ]  # fmt: skip
+    assert cells[2] == ["FedAvg", "2", "82.0 ± 2.8", "82.0", "3 (1 of 2)", "12", "24", "1", "7"]
+    assert cells[3] == ["DynFed", "2", "85.0 ± 7.1", "85.0", "2 (1 of 2)", "1.8", "3.6", "1/6.7", "7"]
+    assert len({len(line) for line in lines}) == 1  # aligned
+    stored = json.loads(json.dumps(comparison.to_json()))
+    assert stored["methods"][1]["final"] == [0.90, 0.80]
+
+
+def test_comparison_choices(comparison: Comparison, tmp_path: Path) -> None:
+    runs = [r for m in comparison.methods for r in m.runs]
+    other = Comparison.of(runs, baseline="DynFed", target=0.6, last=1)
+    assert [r.uplink_ratio for r in other.rows()] == [pytest.approx(1 / 0.15), 1.0]
+    assert other.rows()[0].rounds_to_target.tolist() == [2, 2]
+    with pytest.raises(ValueError, match=r"Expected `baseline` to be one of \['FedAvg', 'DynFed'\], but got 'Fed'"):
+        Comparison.of(runs, baseline="Fed")
+    with pytest.raises(ValueError, match="Expected `runs` to hold at least one"):
+        Comparison.of([])
+
+
+def test_seeds_of_different_length_are_cut(tmp_path: Path) -> None:
+    long = write_run(tmp_path / "a", [0.1, 0.2, 0.3], 10)
+    short = write_run(tmp_path / "b", [0.3, 0.4], 10)
+    method = Comparison.of([long, short]).methods[0]
+    np.testing.assert_array_equal(method.curve("accuracy"), [[0.1, 0.2], [0.3, 0.4]])
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """Width and height of a PNG, from its header."""
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+
+
+def test_plots_of_a_run(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", [0.5, 0.6, 0.7], 1000, bits=[2, 4, 6], shares=True)
+    paths = plots.write_plots(run)
+    assert [p.name for p in paths] == ["accuracy.png", "bits.png", "teachers.png"]
+    assert all(p.parent == tmp_path / "a" / "plots" and size_of(p)[0] > 600 for p in paths)
+
+
+def test_plots_only_what_there_is(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", [0.5, 0.6], 0)
+    assert [p.name for p in plots.write_plots(run, tmp_path / "here")] == ["accuracy.png"]
+    empty = write_run(tmp_path / "b", [None], 0)
+    assert plots.write_plots(empty) == []
+
+
+def test_bits_that_are_all_the_same(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", [0.5], 100, bits=[4])
+    run.clients["bits"] = [4.0, 4.0]
+    assert plots.plot_bits(run, tmp_path / "b.png") is not None
+
+
+def test_figure_of_a_comparison(comparison: Comparison, tmp_path: Path) -> None:
+    path = plots.plot_comparison(comparison, tmp_path / "deep" / "c.png", title="digits")
+    assert size_of(path) == (1650, 630)
+
+
+def test_figure_where_nothing_was_sent(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "a", [0.5, 0.6], 0, name="Local")]
+    assert plots.plot_comparison(Comparison.of(runs), tmp_path / "c.png").is_file()
+
+
+def test_labels_are_pushed_apart() -> None:
+    assert plots._apart([9.0, 5.0, 1.0], 1.0, 0.0, 10.0) == [9.0, 5.0, 1.0]
+    assert plots._apart([5.0, 5.0], 1.0, 0.0, 10.0) == [5.5, 4.5]  # both give way
+    assert plots._apart([3.0, 5.0, 4.0], 1.0, 0.0, 10.0) == [5.0, 4.0, 3.0]  # the order is given, not the height
+    assert plots._apart([10.0, 10.0], 1.0, 0.0, 10.0) == [10.0, 9.0]
+    assert plots._apart([0.0, 0.0], 1.0, 0.0, 10.0) == [1.0, 0.0]
+    assert plots._apart([], 1.0, 0.0, 10.0) == []
+
+
+def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path / "a", [0.5], 10)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install dynfed-lightning\[report\]"):
+        plots.write_plots(run)
