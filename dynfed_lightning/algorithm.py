@@ -153,7 +153,9 @@ class Server:
         self.round = 0
         self.num_rounds: int | None = None
         self.cohort: list[int] = []
-        self.state: dict[str, Any] = {}  # the algorithm's memory: tensors, numbers, strings, lists and dicts, checkpointed
+        self.state: dict[
+            str, Any
+        ] = {}  # the algorithm's memory: tensors, numbers, strings, lists and dicts, checkpointed
         self.metrics: dict[str, float] = {}  # the algorithm's own columns for this round
         self.client_metrics: dict[int, dict[str, float]] = {}  # and per client, e.g. its share as a teacher
         self.received: Tensors = {}  # what this round's clients hold; equals what was broadcast unless the downlink is lossy

@@ -35,9 +35,7 @@ class GradientNorm(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._sum, self._steps = None, 0
 
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         grads = [p.grad for _, p in _own_parameters(pl_module, optimizer) if p.grad is not None]
         if not grads:
             return
@@ -75,9 +73,7 @@ class ProximalTerm(L.Callback):
         }
 
     @torch.no_grad()
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         for name, p in _own_parameters(pl_module, optimizer):
             assert p.grad is not None
             p.grad.add_(p - self._anchor[name], alpha=self.mu)
@@ -97,9 +93,7 @@ class GradientShift(L.Callback):
         self.shift = {n: t.to(pl_module.device) for n, t in self.shift.items()}
 
     @torch.no_grad()
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         for name, p in _own_parameters(pl_module, optimizer):
             assert p.grad is not None
             p.grad.add_(self.shift[name])

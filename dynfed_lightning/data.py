@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dynfed_lightning.arrays import Arrays, Options, Samples
-from dynfed_lightning.loaders import Augment, RowLoader, cohort_loader
+from dynfed_lightning.loaders import Augment, Cohorts, RowLoader
 from dynfed_lightning.partition import Natural, Partitioner, check_int, numpy_generator
 from dynfed_lightning.resources import ResourceProfile, Resources, UniformResources
 from dynfed_lightning.split import PublicSet, Split, make_split
@@ -265,7 +265,7 @@ class FederatedDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """One batch an epoch: the ids of the cohort of round ``trainer.current_epoch`` (0 without a trainer)."""
-        return cohort_loader(lambda: self.sample_cohort(self.trainer.current_epoch if self.trainer is not None else 0))
+        return Cohorts(lambda: self.sample_cohort(self.trainer.current_epoch if self.trainer is not None else 0))
 
     def val_dataloader(self) -> RowLoader:
         """The whole test set: after a round, the server's model is judged by it."""

@@ -42,7 +42,9 @@ class DownlinkSender:
         self.history = history
         self._reference: Tensors | None = None
         self._round = -1
-        self._differences: dict[int, bytes] = {}  # round -> payload that turns the reference of round - 1 into that of round
+        self._differences: dict[
+            int, bytes
+        ] = {}  # round -> payload that turns the reference of round - 1 into that of round
         self._held: dict[int, int] = {}  # client -> the round whose reference it is known to hold
         self._dense: bytes | None = None
         self._schema: Schema | None = None
@@ -135,7 +137,8 @@ class DownlinkReceiver:
         held = state.get("downlink")
         if kind == "difference" and (held is None or held["round"] != base):
             raise ClientFailure(
-                "stale_base", f"Expected differences to round {None if held is None else held['round']}, but got {base}."
+                "stale_base",
+                f"Expected differences to round {None if held is None else held['round']}, but got {base}.",
             )
         if self._memo_round != round:
             self._memo, self._memo_round = {}, round

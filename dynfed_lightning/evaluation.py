@@ -16,6 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from dynfed_lightning.batches import logits_of, split_batch
 from dynfed_lightning.module import ClientModule
 
+
 @torch.no_grad()
 def check_outputs(module: L.LightningModule, data: L.LightningDataModule, num_classes: int | None) -> None:
     """Two rows through a copy of the model, before any training.

@@ -185,7 +185,9 @@ class Federation(L.LightningModule):
         make = self.server_optimizer or (lambda p: torch.optim.SGD(p, lr=1.0))
         optimizer = make(parameters)
         if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"Expected `server_optimizer` to make an Optimizer, but it made {type(optimizer).__name__}.")
+            raise TypeError(
+                f"Expected `server_optimizer` to make an Optimizer, but it made {type(optimizer).__name__}."
+            )
         return optimizer
 
     # ------------------------------------------------------------------- round
@@ -256,7 +258,13 @@ class Federation(L.LightningModule):
                     record.bits = _mean_bits(reply, self.runtime.uplink_schema)
             self._sender.confirm(outcome.client_id, received=record.status == "ok")
             if record.status != "ok":
-                log.warning("Round %d: client %d left out (%s): %s", server.round + 1, record.client, record.status, outcome.error)
+                log.warning(
+                    "Round %d: client %d left out (%s): %s",
+                    server.round + 1,
+                    record.client,
+                    record.status,
+                    outcome.error,
+                )
         return records, replies
 
     def _decode(self, server: Server, client_id: int, data: bytes) -> Reply:
@@ -411,6 +419,8 @@ def _round_failure(
 ) -> RoundFailure:
     reasons = Counter(r.status for r in records if r.status != "ok")
     why = ", ".join(f"{reason}: {n}" for reason, n in sorted(reasons.items()))
-    error = RoundFailure(f"Round {round + 1}: {asked - sum(reasons.values())} of {asked} clients replied, {needed} needed ({why}).")
+    error = RoundFailure(
+        f"Round {round + 1}: {asked - sum(reasons.values())} of {asked} clients replied, {needed} needed ({why})."
+    )
     error.__cause__ = next((o.error for o in outcomes if o.error is not None), None)
     return error

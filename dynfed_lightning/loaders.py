@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from dynfed_lightning.arrays import Arrays, Samples
 from dynfed_lightning.partition import torch_generator
@@ -24,7 +24,8 @@ class RowLoader:
     Args:
         table: where the rows are.
         rows: int64 ``[n]``, which rows.
-        batch_size: rows a batch; fewer rows than that make one small batch.
+        batch_size: rows a batch; fewer rows than that make one small batch, and a single row left over (when shuffling) joins
+            the batch before it.
         seed: shuffle with this seed; ``None``: in the order of `rows`, every epoch.
         drop_last: leave out a last batch that is not full (never the only one).
         augment: ``augment(inputs, generator) -> inputs`` on every normalised batch of an in-memory table.
@@ -45,35 +46,47 @@ class RowLoader:
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.rows), self.batch_size)
-        return full + (rest > 0 and not self.drop_last)
+        # A single row left over joins the batch before it: batch normalisation cannot train on one.
+        return full + (rest > (1 if full and self.seed is not None else 0) and not self.drop_last)
 
     def set_epoch(self, epoch: int) -> None:
         """The next ``iter()`` is epoch `epoch`."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[Any]:
+        # A generator: the epoch begins with its first batch. Lightning makes an iterator that it throws away.
         epoch, self.epoch = self.epoch, self.epoch + 1
         generator = torch_generator("shuffle", int(self.seed or 0), epoch)
         rows = self.rows
         if self.seed is not None:
             rows = rows[torch.randperm(len(rows), generator=generator)]
+        count = len(self)
+        batches = [rows[i * self.batch_size : (i + 1) * self.batch_size] for i in range(count)]
+        if batches and not self.drop_last:
+            batches[-1] = rows[(count - 1) * self.batch_size :]
         if isinstance(self.table, Samples):
             # A generator of its own, or torch's DataLoader would take a number from the global one.
-            data, b, last = self.table.dataset, self.batch_size, self.drop_last
-            return iter(DataLoader(data, b, sampler=rows.tolist(), drop_last=last, generator=generator))
-        return self._batches(self.table, rows, generator)
+            sampler = [b.tolist() for b in batches]
+            yield from DataLoader(self.table.dataset, batch_sampler=sampler, generator=generator)
+        else:
+            yield from self._batches(self.table, batches, generator)
 
-    def _batches(self, table: Arrays, rows: Tensor, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
-            batch = rows[start : start + self.batch_size]
+    def _batches(
+        self, table: Arrays, batches: list[Tensor], generator: torch.Generator
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in batches:
             inputs = table.batch(batch)
             if self.augment is not None:
                 inputs = self.augment(inputs, generator)
             yield inputs, table.labels[batch]
 
 
-class Cohorts(IterableDataset):
-    """One item an epoch: the ids of the clients of that round. `cohort` is asked when the epoch begins, not before."""
+class Cohorts:
+    """One item an epoch: the ids of the clients of that round. `cohort` is asked when the epoch begins, not before.
+
+    A plain iterable, not a ``DataLoader``: Lightning puts no sampler before it (which would duplicate clients across ranks)
+    and has nothing to warn about.
+    """
 
     def __init__(self, cohort: Callable[[], list[int]]) -> None:
         self._cohort = cohort
@@ -84,15 +97,6 @@ class Cohorts(IterableDataset):
 
     def __len__(self) -> int:
         return 1
-
-
-def cohort_loader(cohort: Callable[[], list[int]]) -> DataLoader:
-    """A loader of `Cohorts` without batching, workers or prefetch; Lightning puts no sampler before an IterableDataset."""
-    return DataLoader(Cohorts(cohort), batch_size=None, collate_fn=_as_is)
-
-
-def _as_is(item: list[int]) -> list[int]:
-    return item
 
 
 class CropFlip:

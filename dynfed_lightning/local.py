@@ -132,7 +132,9 @@ class TrainerLocal(LocalExecutor):
         trainer_kwargs: any other argument of ``L.Trainer`` (``precision``, ``gradient_clip_val``, ``plugins``, ``logger``...).
     """
 
-    _ours = frozenset({"max_epochs", "max_steps", "callbacks", "devices", "num_nodes", "strategy", "num_sanity_val_steps"})
+    _ours = frozenset(
+        {"max_epochs", "max_steps", "callbacks", "devices", "num_nodes", "strategy", "num_sanity_val_steps"}
+    )
 
     def __init__(
         self,
@@ -248,11 +250,15 @@ class LoopLocal(LocalExecutor):
         """
         advice = "use local='trainer'."
         if not module.automatic_optimization:
-            raise ValueError(f"Expected automatic optimisation under local='loop', but {type(module).__name__} is manual: {advice}")
+            raise ValueError(
+                f"Expected automatic optimisation under local='loop', but {type(module).__name__} is manual: {advice}"
+            )
         for obj, parent in [(module, L.LightningModule), *[(c, L.Callback) for c in self.callbacks]]:
             names = _unsupported(obj, parent)
             if names:
-                raise ValueError(f"local='loop' does not call {names[0]!r}, which {type(obj).__name__} overrides: {advice}")
+                raise ValueError(
+                    f"local='loop' does not call {names[0]!r}, which {type(obj).__name__} overrides: {advice}"
+                )
         self._optimizers(module)
 
     def _optimizers(self, module: L.LightningModule) -> tuple[Optimizer, list[Any]]:
@@ -266,7 +272,9 @@ class LoopLocal(LocalExecutor):
             found, schedulers = found[0], list(found[1])
         if isinstance(found, (list, tuple)):
             if len(found) != 1 or not isinstance(found[0], Optimizer):
-                raise ValueError(f"local='loop' expects one optimizer, but `configure_optimizers` returned {len(found)}: {advice}")
+                raise ValueError(
+                    f"local='loop' expects one optimizer, but `configure_optimizers` returned {len(found)}: {advice}"
+                )
             found = found[0]
         if not isinstance(found, Optimizer):
             raise ValueError(f"local='loop' expects one torch optimizer, but got {type(found).__name__}: {advice}")
@@ -294,7 +302,8 @@ class LoopLocal(LocalExecutor):
         finally:
             object.__delattr__(module, "log")
         module.to("cpu")
-        return {k: float(v) for k, v in logged.items() if isinstance(v, (int, float)) or (isinstance(v, Tensor) and v.numel() == 1)}
+        values = {k: v.detach() if isinstance(v, Tensor) else v for k, v in logged.items()}
+        return {k: float(v) for k, v in values.items() if not isinstance(v, Tensor) or v.numel() == 1}
 
     def _loop(self, module: L.LightningModule, loader: Any, callbacks: list[L.Callback], device: torch.device) -> None:
         optimizer, schedulers = self._optimizers(module)

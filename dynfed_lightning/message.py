@@ -79,7 +79,9 @@ class Message:
         if magic != _MAGIC:
             raise MalformedPayloadError(f"Expected a message that starts with {_MAGIC!r}, but got {magic!r}.")
         if size > _MAX_HEADER:
-            raise MalformedPayloadError(f"Expected a message header of at most {_MAX_HEADER} bytes, but it claims {size}.")
+            raise MalformedPayloadError(
+                f"Expected a message header of at most {_MAX_HEADER} bytes, but it claims {size}."
+            )
         text = data[_PREFIX.size : _PREFIX.size + size]
         if len(text) != size:
             raise TruncatedPayloadError(f"Expected a message header of {size} bytes, but only {len(text)} came.")
@@ -89,9 +91,7 @@ class Message:
         sizes = header["p"]
         start = _PREFIX.size + size
         if start + sum(sizes) != len(data):
-            raise TruncatedPayloadError(
-                f"Expected a message of {start + sum(sizes)} bytes, but got {len(data)}."
-            )
+            raise TruncatedPayloadError(f"Expected a message of {start + sum(sizes)} bytes, but got {len(data)}.")
         parts = []
         for n in sizes:
             parts.append(data[start : start + n])
@@ -126,8 +126,9 @@ _CHECKS = {
     "m": lambda v: v in ("full", "difference"),
     "p": lambda v: isinstance(v, list) and all(_is_count(x) for x in v),
     "s": lambda v: isinstance(v, dict) and all(_is_scalar(x) for x in v.values()),
-    "k": lambda v: isinstance(v, dict)
-    and all(isinstance(x, list) and all(_is_count(i) for i in x) for x in v.values()),
+    "k": lambda v: (
+        isinstance(v, dict) and all(isinstance(x, list) and all(_is_count(i) for i in x) for x in v.values())
+    ),
 }
 
 

@@ -103,7 +103,9 @@ class RunRecorder(L.Callback):
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise OSError(f"Expected `out` to be a writable folder, but {self.out} is not: {error.strerror}.") from error
+            raise OSError(
+                f"Expected `out` to be a writable folder, but {self.out} is not: {error.strerror}."
+            ) from error
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take up the tables where a resumed run left them."""
@@ -230,7 +232,12 @@ class RoundProgress(L.Callback):
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
         except ImportError:
             return
-        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}")]
+        columns = [
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+        ]
         self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
         total = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
         self._task = self._bar.add_task(self.name, total=total, completed=trainer.current_epoch, status="")

@@ -83,7 +83,9 @@ class DAdaQuant(FedAvg):
         if patience is not None and patience < 1:
             raise ValueError(f"Expected `patience` to be a positive number of rounds, but got {patience}.")
         if not 1 <= min_levels <= max_levels <= 127:
-            raise ValueError(f"Expected 1 <= `min_levels` <= `max_levels` <= 127, but got {min_levels} and {max_levels}.")
+            raise ValueError(
+                f"Expected 1 <= `min_levels` <= `max_levels` <= 127, but got {min_levels} and {max_levels}."
+            )
         if not 0 <= smoothing < 1:
             raise ValueError(f"Expected `smoothing` to be in [0, 1), but got {smoothing}.")
         self.patience = patience

@@ -42,7 +42,9 @@ class FedDF(FedAvg):
         super().__init__(uplink=uplink, downlink=downlink)
         self.distillation = distillation if distillation is not None else Distillation.feddf()
         if "label_counts" in self.distillation.policy.needs:
-            raise ValueError("Expected a teacher policy without label counts, since FedDF's clients upload none: use DynFed.")
+            raise ValueError(
+                "Expected a teacher policy without label counts, since FedDF's clients upload none: use DynFed."
+            )
 
     def server_step(self, server: Server, replies: Sequence[Reply]) -> None:
         """Average, then distil the ensemble into the average."""
