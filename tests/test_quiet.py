@@ -65,7 +65,7 @@ class Outer(L.LightningModule):
 DATA = DataLoader(torch.randn(20, 3), batch_size=5)  # type: ignore[arg-type, var-annotated]
 
 
-def test_two_fits_inside_a_step(capfd: pytest.CaptureFixture[str]) -> None:
+def test_two_fits_inside_a_step(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
     outer = Outer()
     trainer = L.Trainer(
         max_epochs=3, logger=False, enable_checkpointing=False, accelerator="cpu", enable_model_summary=False
