@@ -66,12 +66,15 @@ def load_table(source: Any, split: str = "train", options: Options | None = None
         x, y = (torch.as_tensor(t) for t in source)
         if y.dtype.is_floating_point or y.ndim != 1:
             raise ValueError(f"Expected labels to be integers of shape [n], but got {y.dtype} {list(y.shape)}.")
+        if o.partition_column is not None:
+            raise ValueError(f"Expected `partition_column` to be None for tensors, but got {o.partition_column!r}.")
         return Arrays(x, y.long(), int(y.max()) + 1 if len(y) else 0)
     if isinstance(source, Mapping):
         return load_table(source[split_of(list(source), split)], split, o)
-    if hasattr(source, "features") and hasattr(source, "with_format"):  # a datasets.Dataset
+    sized = hasattr(source, "__getitem__") and hasattr(source, "__len__")
+    if sized and hasattr(source, "features") and hasattr(source, "with_format"):  # a datasets.Dataset
         return from_hf(source, o)
-    if isinstance(source, IterableDataset) or not (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
+    if not sized or isinstance(source, IterableDataset):
         raise TypeError(
             "Expected `dataset` to be a name, a path, a pair of tensors, a mapping of splits or a map-style dataset, "
             f"but got {type(source).__name__}."
@@ -94,18 +97,17 @@ def _samples(dataset: Any, o: Options) -> Samples:
         key = pick(o.label_column, [c for c in LABELS if c in first], list(first), "label_column")
     elif not (isinstance(first, tuple | list) and len(first) == 2):
         raise TypeError(f"Expected samples (input, label) or mappings, but the first is a {type(first).__name__}.")
-    labels = (
-        next((getattr(dataset, a) for a in ("targets", "labels") if hasattr(dataset, a)), None) if key is None else None
-    )
-    groups = None
-    column = o.partition_column
+    groups, column, labels = None, o.partition_column, getattr(dataset, "targets", None) if key is None else None
     if column is not None and (key is None or column not in first):
         raise ValueError(f"Expected `partition_column` to be one of {list(first) if key else []}, but got {column!r}.")
     if labels is None or column is not None:
         # No list of labels to ask for: every sample has to be read once.
-        samples = [dataset[i] for i in range(len(dataset))]
-        labels = [int(s[key] if key else s[1]) for s in samples]
-        groups = codes([_item(s[column]) for s in samples])[0] if column else None
+        labels, values = [], []
+        for i in range(len(dataset)):
+            sample = dataset[i]
+            labels.append(_item(sample[key or 1]))
+            values.append(_item(sample[column]) if column else None)
+        groups = codes(values)[0] if column else None
     y = torch.as_tensor(np.asarray(labels))
     if y.dtype.is_floating_point:
         raise ValueError(f"Expected labels to be integers, but got {y.dtype}.")
@@ -149,6 +151,10 @@ def load_arrays(
     o = Options(data_dir, image_column, label_column, partition_column, image_size, cache_dir, class_names)
     name = str(name_or_path)
     if name == "digits":
+        if image_size not in (None, 8):
+            raise ValueError(f"Expected `image_size` to be None or 8 for digits, but got {image_size}.")
+        for argument, column in (("image", image_column), ("label", label_column), ("partition", partition_column)):
+            pick(column, ("",), ("image", "label"), f"{argument}_column")
         return _digits(split)
     preset = PRESETS.get(name)
     if preset is not None:
@@ -176,15 +182,25 @@ def _finish(arrays: Arrays, preset: Preset | None) -> Arrays:
 
 def _find(name: str, data_dir: str | Path | None) -> Path | None:
     roots = [Path(r) for r in os.environ.get("DYNFED_DATA", "").split(os.pathsep) if r]
-    candidates = [r / n for r in roots for n in dict.fromkeys((name, name.rpartition("/")[2]))]
     if data_dir is not None:
-        root = Path(data_dir)
-        candidates = [root / name, root / name.rpartition("/")[2], root, *candidates]
-    return next((c for c in candidates if c.is_dir() and _parquet_files(c)), None)
+        roots = [Path(data_dir)]
+        if any(roots[0].glob("*.parquet")):
+            return roots[0]
+    candidates = [r / n for r in roots for n in dict.fromkeys((name, name.rpartition("/")[2]))]
+    found = next((c for c in candidates if c.is_dir() and _parquet_files(c)), None)
+    if found is None and data_dir is not None:
+        raise ValueError(
+            f"Expected `data_dir` to hold {name}/train*.parquet or train*.parquet, but {data_dir} does not."
+        )
+    return found
 
 
 def _parquet_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.parquet")) or sorted(folder.glob("*/*.parquet"))
+    """The folder's parquet files, or those of its subfolders as the hub lays them out: ``data``, a configuration, or splits."""
+    here = sorted(folder.glob("*.parquet"))
+    below = sorted(folder.glob("*/*.parquet"))
+    parents = {f.parent.name for f in below}
+    return here or (below if len(parents) == 1 or all(p.startswith(_STARTS) for p in parents) else [])
 
 
 def _split_files(path: Path, split: str) -> list[Path]:

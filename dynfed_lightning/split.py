@@ -117,6 +117,7 @@ def make_split(
         some = stratified_order(test_table.labels[test_rows], "test", 0)[:limit_test]
         test_rows = test_rows[torch.from_numpy(np.sort(some))]
 
+    test_table = _like(test_table, table)
     classes = max(table.num_classes, test_table.num_classes)
     table, test_table = replace(table, num_classes=classes), replace(test_table, num_classes=classes)
     values = table.groups if isinstance(partitioner, Natural) else table.labels
@@ -149,6 +150,13 @@ def _test_table(dataset: Any, test: Any, table: Arrays | Samples, options: Optio
     return load_table(dataset, "test", o)
 
 
+def _like(other: Arrays | Samples, table: Arrays | Samples) -> Arrays | Samples:
+    """`other` with its images normalised as the training images are, whatever set they come from."""
+    if isinstance(other, Arrays) and isinstance(table, Arrays) and other.inputs.shape[1:2] == table.inputs.shape[1:2]:
+        return replace(other, mean=table.mean, std=table.std)
+    return other
+
+
 def _public(public: Any, labelled: bool, table: Arrays | Samples, rows: Tensor, options: Options) -> PublicSet | None:
     if public is None:
         return None
@@ -160,6 +168,6 @@ def _public(public: Any, labelled: bool, table: Arrays | Samples, rows: Tensor, 
         return PublicSet(public)
     if not isinstance(public, int):
         plain = replace(options, image_column=None, label_column=None, partition_column=None)
-        table = load_table(public, "train", plain)
+        table = _like(load_table(public, "train", plain), table)
         rows = torch.arange(len(table))
     return PublicSet(table.batch(rows), table.labels[rows] if labelled else None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,10 @@ def read_parquet(files: Sequence[Path], o: Options) -> Arrays:
         if cached is not None:
             return _from_cache(*cached)
     wanted = list(dict.fromkeys(c for c in (image, label, group) if c))
-    table = pa.concat_tables([f.read(columns=wanted) for f in opened])
+    try:
+        table = pa.concat_tables([f.read(columns=wanted) for f in opened])
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"Expected {wanted} alike in all of {[f.name for f in files]}, but: {error}") from None
     return _to_arrays(table, image, label, group, names, o.image_size, file)
 
 
@@ -107,7 +111,8 @@ def load_hub(hub_name: str, name: str, known: Sequence[str]) -> Mapping[str, Any
     """
     near = difflib.get_close_matches(name, known, 1, 0.7) if name not in known else []
     hint = (f" Did you mean {near[0]!r}?" if near else "") + f" Presets: {', '.join(known)}."
-    if near and "/" not in name:
+    path_like = not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) or name.endswith(".parquet")
+    if path_like or (near and "/" not in name):
         raise ValueError(f"Expected `dataset` to be a path or a known name, but got {name!r}.{hint}")
     try:
         found = _datasets().load_dataset(hub_name)
