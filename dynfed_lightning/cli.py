@@ -189,7 +189,7 @@ def fit(config: dict[str, Any], ckpt: str | None = None) -> Path:
         callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
         info = {"name": config["name"], "seed": config["seed"]}
         recorder = RunRecorder(out, info=info)
-        (out / "config.yaml").write_text(configs.dump_namespace(parser, namespace), encoding="utf-8")
+        (out / "config.yaml").write_text(configs.dump_namespace(parser, namespace, config), encoding="utf-8")
         trainer = L.Trainer(**arguments, callbacks=[*callbacks, recorder, RoundProgress(config["name"])])
         trainer.fit(federation, datamodule=data, ckpt_path=ckpt)
     if getattr(trainer, "interrupted", False):

@@ -260,13 +260,28 @@ def parse(config: Config) -> tuple[Any, Any]:
 
 
 def dump(config: Config) -> str:
-    """`config` with every default that is not None, as YAML: what a run's ``config.yaml`` holds, and `load` reads back."""
-    return dump_namespace(*parse(config))
+    """`config` with its defaults filled in, as YAML: what a run's ``config.yaml`` holds, and `load` reads back the same."""
+    return dump_namespace(*parse(config), config)
 
 
-def dump_namespace(p: Any, namespace: Any) -> str:
-    """What `parse` returned, as YAML."""
-    return p.dump(namespace, skip_none=True)
+def dump_namespace(p: Any, namespace: Any, config: Config) -> str:
+    """What `parse` made of `config`, as YAML. A null is kept only where `config` says it: most defaults are null."""
+    yaml = _yaml()
+    try:
+        filled = yaml.safe_load(p.dump(namespace, skip_unset=False))
+    except ValueError:  # a default that YAML cannot say, such as a member of an enumeration: say what was said
+        filled = config
+    return yaml.safe_dump(_said(filled, config), sort_keys=False, allow_unicode=True)
+
+
+def _said(filled: Any, given: Any) -> Any:
+    if isinstance(filled, list):
+        givens = given if isinstance(given, list) and len(given) == len(filled) else [None] * len(filled)
+        return [_said(f, g) for f, g in zip(filled, givens, strict=True)]
+    if not isinstance(filled, Mapping):
+        return filled
+    given = given if isinstance(given, Mapping) else {}
+    return {k: _said(v, given.get(k)) for k, v in filled.items() if v is not None or k in given}
 
 
 def instantiate(p: Any, namespace: Any) -> Any:
