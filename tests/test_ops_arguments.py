@@ -1,0 +1,145 @@
+"""Bad arguments give one clear error each, the same for every backend; and the choice of the backend itself."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from ops_support import BACKENDS, CPP_BACKENDS, backend_fixture, select
+
+from dynfed_lightning import _ops_backends, ops
+
+any_backend = backend_fixture(BACKENDS)
+cpp_backend = backend_fixture(CPP_BACKENDS)
+
+X, P4, S1 = torch.zeros(16), torch.zeros(8, dtype=torch.uint8), torch.zeros(1)
+ACC = ops.dequantize_accumulate
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: ops.quantize_pack(X, 9), ValueError, "Expected `bits` to be an integer from 1 to 8, but got 9."),
+        (lambda: ops.quantize_pack(X, 0), ValueError, "`bits`.*but got 0"),
+        (lambda: ops.quantize_pack(X, 4.0), TypeError, "Expected `bits` to be an integer, but got float."),
+        (lambda: ops.quantize_pack(X, True), TypeError, "Expected `bits` to be an integer, but got bool."),
+        (
+            lambda: ops.quantize_pack(X, 4, 12),
+            ValueError,
+            "Expected `bucket` to be a positive multiple of 8, but got 12.",
+        ),
+        (lambda: ops.quantize_pack(X, 4, 0), ValueError, "`bucket`.*but got 0"),
+        (lambda: ops.quantize_pack(X, 4, -8), ValueError, "`bucket`.*but got -8"),
+        (lambda: ops.quantize_pack(X, 4, 8, seed=-1), ValueError, "`seed`.*but got -1"),
+        (lambda: ops.quantize_pack(X, 4, 8, seed=2**64), ValueError, "`seed`.*but got 18446744073709551616"),
+        (lambda: ops.quantize_pack(X, 4, 8, offset=-8), ValueError, "`offset`.*but got -8"),
+        (
+            lambda: ops.quantize_pack(X, 4, 8, rounding="up"),
+            ValueError,
+            "`rounding` to be one of stochastic, nearest, but got 'up'",
+        ),
+        (
+            lambda: ops.quantize_pack(X.double(), 4),
+            TypeError,
+            "`x`.*float32 or bfloat16 or float16, but got torch.float64",
+        ),
+        (lambda: ops.quantize_pack([1.0], 4), TypeError, "`x` to be a tensor.*but got list"),
+        (lambda: ops.quantize_pack(X.to_sparse(), 4), TypeError, "`x` to be a dense tensor"),
+        (lambda: ops.pack(X, 4), TypeError, "`codes` to be a tensor of uint8, but got torch.float32"),
+        (lambda: ops.pack(P4 + 16, 4), ValueError, r"`codes` to hold values below 2\*\*bits = 16, but got 16"),
+        (lambda: ops.pack(torch.tensor([0] * 99 + [255]).byte(), 7), ValueError, "but got 255"),
+        (lambda: ops.unpack(P4, 4, 17), ValueError, "`packed` to hold 9 bytes for 17 codes of 4 bits, but got 8"),
+        (lambda: ops.unpack(P4, 4, -1), ValueError, "`n`.*but got -1"),
+        (lambda: ops.unpack(P4.int(), 4, 16), TypeError, "`packed` to be a tensor of uint8"),
+        (
+            lambda: ops.unpack_dequantize(P4, S1, 4, 8, 16),
+            ValueError,
+            "`scales` to hold 2 values, one per 8 of 16, but got 1",
+        ),
+        (lambda: ops.unpack_dequantize(P4, S1.half(), 4, 16, 16), TypeError, "`scales` to be a tensor of float32"),
+        (
+            lambda: ops.unpack_dequantize(P4, S1.to("meta"), 4, 16, 16),
+            ValueError,
+            "`scales` to be on the device of `packed`",
+        ),
+        (lambda: ACC(X.half(), P4, S1, 4, 16, 1.0), TypeError, "`out` to be a tensor of float32"),
+        (lambda: ACC(torch.zeros(15), P4, S1, 3, 16, 1.0), ValueError, "`packed` to hold 6 bytes"),
+        (lambda: ACC(X, P4, S1, 4, 16, math.nan), ValueError, "`weight` to be finite, but got nan"),
+        (lambda: ACC(X, P4, S1, 4, 16, -math.inf), ValueError, "`weight` to be finite, but got -inf"),
+        (lambda: ACC(X, P4, S1, 4, 16, "1"), TypeError, "`weight` to be a number, but got str"),
+        (lambda: ACC(X, P4.to("meta"), S1, 4, 16, 1.0), ValueError, "`packed` to be on the device of `out`"),
+        (
+            lambda: ops.dequantize_accumulate_many(X, [P4], [S1], [4, 4], 16, [1.0]),
+            ValueError,
+            r"lists of one length, but got lengths \(1, 1, 2, 1\)",
+        ),
+    ],
+)
+def test_bad_arguments(any_backend: str, call: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_the_kernels_check_sizes_too(cpp_backend: str) -> None:
+    """Called around ops.py, a wrong size must still not touch foreign memory."""
+    with pytest.raises(RuntimeError, match="Expected `packed` to be a contiguous CPU tensor"):
+        torch.ops.dynfed_lightning.unpack(P4, 4, 1000)
+    with pytest.raises(RuntimeError, match="Expected `scales`"):
+        torch.ops.dynfed_lightning.dequantize_accumulate_many(X.clone(), [P4], [torch.zeros(0)], [4], 16, [1.0])
+    with pytest.raises(RuntimeError, match="Expected `bits`"):
+        torch.ops.dynfed_lightning.quantize_pack(X, 9, 8, 0, 0, True)
+
+
+# ---- choosing a backend ----
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_backends_of_later_builds_say_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DYNFED_BACKEND", name)
+    with pytest.raises(RuntimeError, match=f"but got '{name}': its kernels are not available"):
+        ops.quantize_pack(X, 4)
+
+
+def test_unknown_backend_and_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DYNFED_BACKEND", "gpu")
+    with pytest.raises(
+        ValueError, match="`DYNFED_BACKEND` to be one of auto, reference, cpu, triton, cuda, but got 'gpu'"
+    ):
+        ops.quantize_pack(X, 4)
+    select(monkeypatch, "cpu-scalar")
+    assert ops.backend() == "cpu (scalar)"
+    monkeypatch.setenv("DYNFED_CPU_ISA", "neon")
+    with pytest.raises(ValueError, match="`DYNFED_CPU_ISA` to be one of auto, scalar, avx2, avx512, but got 'neon'"):
+        ops.quantize_pack(X, 4)
+
+
+def test_without_the_kernels_auto_warns_once_and_cpu_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_ops_backends, "load_error", lambda: "it is not built")
+    _ops_backends._say_once.cache_clear()
+    monkeypatch.setenv("DYNFED_BACKEND", "cpu")
+    with pytest.raises(
+        RuntimeError, match=r"Expected the C\+\+ kernels to be built with DYNFED_BACKEND=cpu, but it is not built\."
+    ):
+        ops.pack(P4, 4)
+    monkeypatch.setenv("DYNFED_BACKEND", "")
+    with pytest.warns(
+        RuntimeWarning, match=r"C\+\+ kernels of dynfed_lightning are missing \(it is not built\); the PyTorch"
+    ):
+        ops.pack(P4, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ops.pack(P4, 4).tolist() == [0] * 4
+        assert ops.backend() == "reference"
+
+
+def test_a_library_that_does_not_load_is_a_reason_not_a_crash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "_C.abi3.so").write_bytes(b"not a library")
+    monkeypatch.setattr(_ops_backends, "__file__", str(tmp_path / "_ops_backends.py"))
+    reason = _ops_backends.load_error.__wrapped__()
+    assert reason.startswith("_C.abi3.so does not load with torch")
+    (tmp_path / "_C.abi3.so").unlink()
+    assert "is not built" in _ops_backends.load_error.__wrapped__()
