@@ -9,7 +9,6 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from dynfed_lightning.arrays import Arrays, Options, Samples
 from dynfed_lightning.loaders import Augment, Cohorts, RowLoader
@@ -263,7 +262,7 @@ class FederatedDataModule(L.LightningDataModule):
 
     # ---------------------------------------------------------------- loaders
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> Cohorts:
         """One batch an epoch: the ids of the cohort of round ``trainer.current_epoch`` (0 without a trainer)."""
         return Cohorts(lambda: self.sample_cohort(self.trainer.current_epoch if self.trainer is not None else 0))
 

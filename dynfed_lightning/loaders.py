@@ -18,8 +18,8 @@ Augment = Callable[[Tensor, torch.Generator], Tensor]
 class RowLoader:
     """Batches of chosen rows of a table; can be iterated any number of times.
 
-    The k-th ``iter()`` of one loader is epoch k: its order (and its augmentation) is a function of (seed, k) only.
-    It is no ``DataLoader`` on purpose, so that Lightning puts no distributed sampler into it.
+    The k-th iteration of one loader is epoch k (it counts from its first batch on): its order and its augmentation are a
+    function of (seed, k) only. It is no ``DataLoader`` on purpose, so that Lightning puts no distributed sampler into it.
 
     Args:
         table: where the rows are.
@@ -50,7 +50,7 @@ class RowLoader:
         return full + (rest > (1 if full and self.seed is not None else 0) and not self.drop_last)
 
     def set_epoch(self, epoch: int) -> None:
-        """The next ``iter()`` is epoch `epoch`."""
+        """The next iteration is epoch `epoch`."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[Any]:

@@ -126,7 +126,7 @@ def test_text_labels_groups_and_names(tmp_path: Path) -> None:
     test = load_arrays(tmp_path, "test", class_names=train.class_names)
     assert test.labels.tolist() == [2, 1] and test.num_classes == 3
     write(tmp_path / "test.parquet", pixels(1), ["dog"])
-    with pytest.raises(ValueError, match="labels among .* but got 'dog'"):
+    with pytest.raises(ValueError, match=r"labels among .* but got 'dog'"):
         load_arrays(tmp_path, "test", class_names=train.class_names)
 
 
@@ -200,7 +200,7 @@ def test_decoding_modes_and_sizes() -> None:
         decode_images([png(grey[0]), png(grey[0])[:40]], column="x")
     with pytest.raises(ValueError, match="row 0 of `image`, but got NoneType"):
         decode_images([{"bytes": None, "path": None}])
-    with pytest.raises(ValueError, match="8-bit images .* mode 'I"):
+    with pytest.raises(ValueError, match=r"8-bit images .* mode 'I"):
         decode_images([png(pixels(1)[0].astype(np.uint16) * 200)])
 
 
@@ -325,7 +325,7 @@ def test_what_a_file_or_folder_lacks(tmp_path: Path) -> None:
         load_arrays(tmp_path, image_column="img")
     with pytest.raises(ValueError, match="`partition_column` to be one of"):
         load_arrays(tmp_path, partition_column="writer")
-    with pytest.raises(ValueError, match="'test' split .* its files are"):
+    with pytest.raises(ValueError, match=r"'test' split .* its files are"):
         load_arrays(tmp_path, "test")
     with pytest.raises(ValueError, match="single file"):
         load_arrays(tmp_path / "train.parquet", "test")
