@@ -71,11 +71,11 @@ def _bars(axes: Any, table: np.ndarray, labels: list[str]) -> None:
 def _dots(axes: Any, table: np.ndarray, labels: list[str]) -> None:
     client, label = np.nonzero(table)
     rows = table[client, label]
-    # The area of a dot is its number of rows; the largest just fills its cell.
+    # The area of a dot is its number of rows; the largest nearly fills the height of its line, and may overlap sideways.
     width, height = axes.figure.get_size_inches() * 72 * 0.85
-    cell = min(width / len(table), height / len(labels))
-    area = max(cell, 5.0) ** 2 * rows / rows.max()
-    axes.scatter(client, label, s=np.maximum(area, 0.3), alpha=0.75, linewidth=0)
+    across = max(5.0, min(3.0 * width / len(table), 0.95 * height / len(labels), 30.0))
+    area = across**2 * rows / rows.max()
+    axes.scatter(client, label, s=np.maximum(area, 0.3), alpha=0.6, linewidth=0)
     axes.set(xlabel="client", ylabel="class", xlim=(-1, len(table)), ylim=(len(labels) - 0.4, -0.6))
     if len(labels) <= 30:
         axes.set_yticks(range(len(labels)), labels, fontsize=8)

@@ -12,7 +12,7 @@ from data_support import Pairs, Records, module, numbered, rows
 
 from dynfed_lightning.data import ClientData, FederatedDataModule
 from dynfed_lightning.loaders import CropFlip
-from dynfed_lightning.partition import Dirichlet, Pathological
+from dynfed_lightning.partition import IID, Dirichlet, Pathological
 from dynfed_lightning.resources import DrawnResources
 
 
