@@ -123,13 +123,13 @@ class _Plan(NamedTuple):
     rows: tuple[Part, ...]
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=64)
 def _candidates(parts: tuple[Part, ...]) -> tuple[TensorSpec, ...]:
     """The parts that a policy gives bits to, under the names of the tensors they came from."""
     return tuple(TensorSpec(p.origin, p.shape, p.dtype) for p in parts if p.compressible)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=64)
 def _plan(parts: tuple[Part, ...], runs: str, bucket: int) -> _Plan:
     # Cached, since a round encodes and decodes the same few tables again and again.
     widths = iter(from_runs(runs, sum(p.compressible for p in parts)))
