@@ -86,7 +86,7 @@ def test_a_trainer_sees_every_rounds_own_cohort(tmp_path: Path) -> None:
     assert (run.global_step, federation.tested) == (6, 6 * 40)
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:Using ModelCheckpoint with manual")
 @pytest.mark.parametrize(
     "every", [{"every_n_epochs": 1}, {"every_n_train_steps": 1}, {"save_on_train_epoch_end": True}]
 )
