@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynfed_lightning import IID, ClientModule, Dirichlet, Federation, FederatedDataModule
+from dynfed_lightning import IID, ClientModule, Dirichlet, FederatedDataModule, Federation
 from dynfed_lightning.partition import Partitioner
 
 CLASSES, WIDTH = 3, 6
