@@ -17,7 +17,6 @@ from dynfed_lightning import (
     Codec,
     DAdaQuant,
     Distillation,
-    DrawnResources,
     DynFed,
     FedAvg,
     FedDF,
@@ -187,7 +186,7 @@ def test_eq4_by_hand() -> None:
 
 def test_bits_follow_eq4_round_by_round() -> None:
     federation = Federation(client_module(), DynFed(eta=4.0, distillation=None), local="loop")
-    resources = DrawnResources(memory_mb=(8192, 16384))
+    resources = GivenResources([Resources(memory_mb=2048.0 * b) for b in (8, 8, 5, 8, 3)])
     data = data_module(5, skewed(5), resources=resources)
     caps = [min(8, max(2, int(data.resources(k).memory_mb // 2048))) for k in range(5)]
     state = {k: float(c) for k, c in enumerate(caps)}

@@ -104,12 +104,11 @@ def test_random_bytes(data: bytes) -> None:
         Message.from_bytes(data)
 
 
-@given(
-    st.recursive(
-        st.none() | st.booleans() | st.integers() | st.text(max_size=3),
-        lambda c: st.lists(c) | st.dictionaries(st.sampled_from("rcpsknmtb"), c),
-    )
-)
+_LEAVES = st.none() | st.booleans() | st.integers() | st.text(max_size=3)
+_JSON = st.recursive(_LEAVES, lambda c: st.lists(c) | st.dictionaries(st.sampled_from("rcpsknmtb"), c))
+
+
+@given(_JSON)
 def test_random_json(value: Any) -> None:
     try:
         Message.from_bytes(_framed(json.dumps(value).encode()))
