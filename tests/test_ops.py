@@ -155,6 +155,19 @@ def test_edges_of_the_number_range(any_backend: str, bits: int) -> None:
     assert decoded[1].abs().max() == 0 and decoded[3:5].isnan().all() and decoded[5].tolist() == bucket5
 
 
+@pytest.mark.parametrize("bits", [1, 4])
+def test_the_zero_threshold_is_exact(any_backend: str, bits: int) -> None:
+    """The largest magnitude that counts as zero is float32(1e-30); the next float does not."""
+    at, above = np.float32(1e-30), np.nextafter(np.float32(1e-30), np.float32(1))
+    x = torch.zeros(2, 8)
+    x[0, 3], x[1, 3] = float(at), float(above)
+    _, scales = ops.quantize_pack(x, bits, 8)
+    expected = (
+        above * (np.float32(1) / np.float32(7)) if bits == 4 else above * np.float32(2.0**-16) * np.float32(65536 / 8)
+    )
+    assert scales.tolist() == [0.0, float(expected)]
+
+
 @pytest.mark.parametrize(("dtype", "largest"), [(torch.float16, 65504.0), (torch.bfloat16, 3.3895313892515355e38)])
 def test_half_precision_inputs_are_their_float32_values(any_backend: str, dtype: torch.dtype, largest: float) -> None:
     pattern = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
