@@ -433,13 +433,13 @@ def test_help_is_quick_and_complete() -> None:
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("[!_]*.yaml")), ids=lambda f: f.stem)
 def test_every_configuration_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One round of two steps on three clients; MNIST where its files are (DYNFED_TEST_DATA names the folder)."""
+    """One round of two steps on three clients; MNIST where its files are (DYNFED_DATA names the folder)."""
     short = ["--trainer.max_epochs", "1", "--local.max_steps", "2", "--data.partitioner.num_clients", "3"]
     if file.name.startswith("mnist"):
-        folder = Path(os.environ.get("DYNFED_TEST_DATA", "no-such-folder")) / "mnist"
+        folder = Path(os.environ.get("DYNFED_DATA", "no-such-folder")) / "mnist"
         if not folder.is_dir():
             load([file], short)  # the names are checked all the same
-            pytest.skip("needs MNIST: DYNFED_TEST_DATA=folder with mnist/*.parquet")
+            pytest.skip("needs MNIST: DYNFED_DATA=folder with mnist/*.parquet")
         short += ["--data.data_dir", str(folder), "--data.train_fraction", "0.05", "--data.limit_test", "100"]
     monkeypatch.setattr("dynfed_lightning.cli.draw", lambda out: [])
     out = fit(load([file], [*short, "--out", str(tmp_path / "run")]))
