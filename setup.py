@@ -19,7 +19,14 @@ ROOT = Path(__file__).resolve().parent
 SOURCES = ["csrc/ops.cpp", "csrc/cpu/scalar.cpp", "csrc/cpu/avx2.cpp", "csrc/cpu/avx512.cpp"]
 # No -march: an instruction set is chosen per file and at run time, so that the wheel runs on every CPU. No contraction: the
 # results are specified to the bit. The target version is the oldest torch that can load the result (2.11).
-FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-g0", "-DTORCH_TARGET_VERSION=0x020B000000000000"]
+FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-ffp-contract=off",
+    "-fvisibility=hidden",
+    "-g0",
+    "-DTORCH_TARGET_VERSION=0x020B000000000000",
+]
 
 
 def without_kernels(reason: str) -> dict[str, Any]:
@@ -52,7 +59,7 @@ def kernels() -> dict[str, Any]:
             try:
                 super().run()
             except (Exception, SystemExit) as error:
-                self.extensions = []  # nothing to copy into the package
+                self.extensions: list[Any] = []  # nothing to copy into the package
                 without_kernels(f"the build failed ({str(error).strip().splitlines()[0] if str(error) else error!r})")
 
     extension = CppExtension(
