@@ -262,7 +262,7 @@ class LoopLocal(LocalExecutor):
         self._optimizers(module)
 
     def _optimizers(self, module: L.LightningModule) -> tuple[Optimizer, list[Any]]:
-        found = module.configure_optimizers()
+        found: Any = module.configure_optimizers()
         advice = "use local='trainer'."
         schedulers: list[Any] = []
         if isinstance(found, Mapping):

@@ -64,7 +64,9 @@ def added(base: Mapping[str, Tensor], update: Mapping[str, Tensor]) -> Tensors:
     return {n: t + update[n].to(t.device) if n in update else t.clone() for n, t in base.items()}
 
 
-def weighted_mean(updates: Sequence[Mapping[str, Tensor]], weights: Sequence[float], names: Iterable[str] | None = None) -> Tensors:
+def weighted_mean(
+    updates: Sequence[Mapping[str, Tensor]], weights: Sequence[float], names: Iterable[str] | None = None
+) -> Tensors:
     """``sum_k weights[k] * updates[k] / sum(weights)`` in float64, rounded once to each tensor's dtype.
 
     The order of `updates` is the order of summation: pass them sorted by client id for results that do not depend on arrival.

@@ -40,7 +40,7 @@ from dynfed_lightning.distill import Distillation
 from dynfed_lightning.local import LocalExecutor
 from dynfed_lightning.resources import Resources
 from dynfed_lightning.stages import Quantize
-from dynfed_lightning.teachers import TeacherContext
+from dynfed_lightning.teachers import TeacherContext, as_policy
 from dynfed_lightning.tensors import difference, load_weights, weights_of
 
 _SIGNALS = ("grad_norm", "loss_delta", "random", None)
@@ -181,7 +181,7 @@ class DynFed(FedAvg):
         return told
 
     def _needs(self, what: str) -> bool:
-        return self.distillation is not None and what in self.distillation.policy.needs
+        return self.distillation is not None and what in as_policy(self.distillation.policy).needs
 
     def client_step(self, client: Client, module: L.LightningModule, received: Received) -> Update:
         """Train; upload the update (quantised by the codec), G_k and the loss, and once the label counts."""
