@@ -112,6 +112,11 @@ def test_dirichlet_fills_up_to_min_rows_even_if_no_draw_does() -> None:
     assert every_row_once(parts, 30)
 
 
+def test_a_draw_that_satisfies_min_rows_is_kept() -> None:
+    few, more = (Dirichlet(5, 10, min_rows=m)(ten_classes(), 3) for m in (1, 60))
+    assert min(map(len, few)) >= 60 and all(torch.equal(a, b) for a, b in zip(few, more, strict=True))
+
+
 def test_balanced_dirichlet_evens_out_sizes() -> None:
     def spread(balanced: bool) -> float:
         sizes = [[len(p) for p in Dirichlet(10, 0.1, balanced=balanced)(ten_classes(), s)] for s in range(5)]
@@ -198,3 +203,5 @@ def test_a_stratified_order_has_fair_prefixes_and_suffixes(labels: list[int], cu
         share = cut * (y == c).mean()
         assert abs((y[order[:cut]] == c).sum() - share) <= 3
         assert abs((y[order[len(y) - cut :]] == c).sum() - share) <= 3
+    other = stratified_order(np.arange(100) % 3, "test", 1)
+    assert (other != stratified_order(np.arange(100) % 3, "test", 0)).any()
