@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 from dynfed_lightning.arrays import Arrays, Samples
 from dynfed_lightning.partition import torch_generator
 
-Augment = Callable[[Tensor, torch.Generator], Tensor]
+# ``augment(inputs, generator) -> inputs``; not typed further, for a configuration may name a class of such objects.
+Augment = Callable[..., Any]
 
 
 class RowLoader:
