@@ -19,7 +19,7 @@ References:
     DynFed: He et al., ACM MM 2025, doi 10.1145/3746027.3755451, eq. 5-9 (`Active`).
     FedDF: Lin et al., NeurIPS 2020, arXiv 2006.07242 (`Mean`).
     Fed-ET: Cho et al., IJCAI 2022, arXiv 2204.12703 (`Variance`).
-    `Competence` is this package's own.
+    `Competence` and `Balanced` (in ``competence.py``) are this package's own.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from dynfed_lightning.competence import Balanced, Competence
 from dynfed_lightning.teaching import (
     TeacherChoice,
     TeacherContext,
@@ -199,84 +200,6 @@ class TopLoss(TeacherPolicy):
         return of_selected(probs, highest(-losses, at_least_one(self.top, k))[:, None].expand(k, n))
 
 
-@dataclass(frozen=True)
-class Competence(TeacherPolicy):
-    """Who has seen a class decides on it (this package's own; the default of `Distillation`).
-
-    Confidence is not competence: a client that has seen one class is sure of it everywhere. So each prediction is first
-    freed of what the client's own label frequencies put into it, and then each *class* is voted on by the clients in
-    proportion to how many samples of it they have::
-
-        pi_k = (n_k + smoothing) / sum_c        q_k(x) = softmax(z_k(x) - log pi_k)
-        tau(x)[c] proportional to sum_k q_k(x)[c] * h_k[c] / sum_j h_j[c],   h_k[c] = n_k[c] v_k
-
-    with ``v_k = (b_k / B_max)^bits_weight exp(-diversity D_k)``, 1 by default. On a class that none of the teachers
-    has, the averaged model's own probability stands, and the rest is shared out among the others. ``weights[k, i]`` is
-    client k's part of the sum above. The clients' label counts must be uploaded for it, once a client: C integers.
-
-    Args:
-        smoothing: added to each label count before it becomes a prior.
-        bits_weight: how much coarsely quantised clients lose; 1: in proportion to their bits.
-        diversity: how much clients lose that already had a large share D_k of the round's votes (updated once a
-            mini-batch).
-        top: only the ``ceil(top K)`` clients of largest vote teach a sample; ``None``: all.
-    """
-
-    smoothing: float = 0.5
-    bits_weight: float = 0.0
-    diversity: float = 0.0
-    top: float | None = None
-    needs: ClassVar[tuple[str, ...]] = ("label_counts",)
-
-    def __post_init__(self) -> None:
-        if not self.smoothing > 0:
-            raise ValueError(f"Expected `smoothing` to be above 0, but got {self.smoothing}.")
-        check_fraction("top", self.top)
-
-    def choose(self, probs: Tensor, ctx: TeacherContext) -> TeacherChoice:
-        k, n, _ = probs.shape
-        assert ctx.label_counts is not None
-        counts = ctx.label_counts.to(probs)
-        prior = counts + self.smoothing
-        corrected = (log_probs(probs) - (prior / prior.sum(1, keepdim=True)).log()[:, None]).softmax(-1)
-        merit = ctx.bit_ratio(probs, k) ** self.bits_weight
-        taught = probs.new_zeros(k)
-        labels, weights = [], []
-        for batch in batches(n, ctx.batch_size if self.diversity else None):
-            share = taught / taught.sum().clamp_min(1)
-            held = (counts * (merit * torch.exp(-self.diversity * share))[:, None])[:, None]  # [K, 1, C]
-            q = corrected[:, batch]
-            votes = q * _shares(held)
-            if self.top is not None:
-                held = held * highest(votes.sum(-1), at_least_one(self.top, k))[..., None]
-                votes = q * _shares(held)
-            labels.append(_normalised(votes.sum(0), held.sum(0) == 0, ctx.student_probs, batch))
-            part = votes.sum(-1)
-            weights.append(part / part.sum(0))
-            taught += weights[-1].sum(1)
-        all_weights = torch.cat(weights, 1)
-        return TeacherChoice(torch.cat(labels), all_weights, all_weights.mean(1))
-
-
-def _shares(held: Tensor) -> Tensor:
-    """Each client's part of every class; 0 where nobody has any."""
-    total = held.sum(0)
-    return torch.where(total > 0, held / total, 0)
-
-
-def _normalised(votes: Tensor, unseen: Tensor, student: Tensor | None, batch: slice) -> Tensor:
-    """[B, C] votes to distributions; on `unseen` classes ([B or 1, C]) the student's own probability stands."""
-    tau = votes / votes.sum(-1, keepdim=True)
-    if not bool(unseen.any()):
-        return tau
-    if student is None:
-        raise ValueError(
-            "Expected `student_probs` in the context of Competence: no teacher has seen some class, but got None."
-        )
-    own = torch.where(unseen, student[batch].to(votes), 0)
-    return own + tau * (1 - own.sum(-1, keepdim=True)).clamp_min(0)
-
-
 POLICIES: dict[str, type[TeacherPolicy]] = {
     "active": Active,
     "mean": Mean,
@@ -285,6 +208,7 @@ POLICIES: dict[str, type[TeacherPolicy]] = {
     "random": Random,
     "top_loss": TopLoss,
     "competence": Competence,
+    "balanced": Balanced,
 }
 
 

@@ -37,6 +37,8 @@ class TeacherContext:
         label_counts: [K, C], training samples of each class.
         student_probs: [N, C], the averaged model's own probabilities.
         losses: [K], mean training loss of each client in this round.
+        class_prior: [C], how frequent each class is believed to be among the public samples (any positive scale), for
+            `Balanced`; ``None``: as among the clients of this round.
         max_bits: B_max of eq. 7.
         generator: the source of every random choice (a CPU generator).
         batch_size: public samples in a mini-batch: the diversity term of eq. 8 is updated once for each.
@@ -47,6 +49,7 @@ class TeacherContext:
     label_counts: Tensor | None = None
     student_probs: Tensor | None = None
     losses: Tensor | None = None
+    class_prior: Tensor | None = None
     max_bits: int = 8
     generator: torch.Generator | None = None
     batch_size: int = 64
@@ -60,6 +63,7 @@ class TeacherContext:
             "label_counts": (k, c),
             "student_probs": (n, c),
             "losses": (k,),
+            "class_prior": (c,),
         }
         for name, shape in shapes.items():
             value = getattr(self, name)
@@ -73,6 +77,8 @@ class TeacherContext:
             raise ValueError(
                 "Expected `label_counts` to be counts with at least one above 0, but got none or negative ones."
             )
+        if self.class_prior is not None and (bool((self.class_prior < 0).any()) or not bool(self.class_prior.any())):
+            raise ValueError(f"Expected `class_prior` to be frequencies, but got {self.class_prior.tolist()}.")
 
     def of_clients(self, keep: Tensor) -> TeacherContext:
         """The same context for the clients where the boolean `keep` [K] holds."""

@@ -7,42 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from teaching_support import COUNTS, TINY, close, context, random_case
 from torch import Tensor
 
-from dynfed_lightning.teachers import POLICIES, Active, Competence, Entropy, Mean, Random, TopLoss, Variance, as_policy
+from dynfed_lightning.competence import Competence
+from dynfed_lightning.teachers import POLICIES, Active, Entropy, Mean, Random, TopLoss, Variance, as_policy
 from dynfed_lightning.teaching import TeacherContext, at_least_one, entropy, highest
-
-# Three clients, two samples, two classes.
-TINY = torch.tensor(
-    [[[0.9, 0.1], [0.5, 0.5]], [[0.6, 0.4], [0.2, 0.8]], [[0.3, 0.7], [0.99, 0.01]]], dtype=torch.float64
-)
-COUNTS = torch.tensor([[3, 0], [1, 1], [0, 2]])
-
-
-def context(k: int = 3, **changes: Any) -> TeacherContext:
-    return TeacherContext(**{"num_examples": torch.ones(k), **changes})
-
-
-def random_case(seed: int, k: int = 7, n: int = 23, c: int = 4) -> tuple[Tensor, TeacherContext]:
-    g = torch.Generator().manual_seed(seed)
-    probs = (3 * torch.randn(k, n, c, generator=g, dtype=torch.float64)).softmax(-1)
-    counts = torch.randint(0, 9, (k, c), generator=g)
-    counts[:, 1] = 0  # nobody has class 1
-    ctx = TeacherContext(
-        num_examples=torch.randint(1, 50, (k,), generator=g),
-        bits=torch.randint(2, 9, (k,), generator=g),
-        label_counts=counts,
-        student_probs=torch.randn(n, c, generator=g, dtype=torch.float64).softmax(-1),
-        losses=torch.rand(k, generator=g),
-        generator=g,
-        batch_size=5,
-    )
-    return probs, ctx
-
-
-def close(actual: Tensor, expected: object, atol: float = 1e-9) -> None:
-    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), atol=atol, rtol=0)
-
 
 # --- constants ---
 
@@ -140,41 +110,6 @@ def test_random_draws_without_replacement_and_evenly() -> None:
     assert not torch.equal(again.weights, choice.weights)
 
 
-def test_competence_by_hand() -> None:
-    # Priors [7/8, 1/8], [1/2, 1/2], [1/6, 5/6]; so q(x_0) = [9/16, 7/16], [3/5, 2/5], [15/22, 7/22].
-    # Votes on class 0: 3/4 and 1/4 of clients 0 and 1; on class 1: 1/3 and 2/3 of clients 1 and 2.
-    first, second = 0.75 * 9 / 16 + 0.25 * 0.6, (0.4 + 2 * 7 / 22) / 3
-    total = first + second
-    choice = Competence()(TINY, context(label_counts=COUNTS))
-    close(choice.soft_labels[0], [first / total, second / total])
-    close(choice.weights[:, 0] * total, [0.75 * 9 / 16, 0.15 + 0.4 / 3, 14 / 66])
-    close(choice.share, choice.weights.mean(1))
-
-
-def test_competence_leaves_unseen_classes_to_the_student() -> None:
-    probs = torch.tensor([[[0.5, 0.25, 0.25]], [[0.25, 0.5, 0.25]]], dtype=torch.float64)
-    counts = torch.tensor([[1, 0, 0], [0, 1, 0]])
-    student = torch.tensor([[0.1, 0.5, 0.4]], dtype=torch.float64)
-    ctx = context(2, label_counts=counts, student_probs=student)
-    # Priors [.6, .2, .2] and [.2, .6, .2]: q = [.25, .375, .375] and [.375, .25, .375]; .25 a side, so .6 is halved.
-    close(Competence()(probs, ctx).soft_labels, [[0.3, 0.3, 0.4]])
-    ctx.student_probs = None
-    with pytest.raises(ValueError, match="`student_probs`"):
-        Competence()(probs, ctx)
-
-
-def test_competence_options_by_hand() -> None:
-    ctx = context(label_counts=COUNTS, bits=torch.tensor([4, 8, 8]))
-    # h: class 0: 1.5, 1, 0; class 1: 0, 1, 2.
-    first, second = 0.6 * 9 / 16 + 0.4 * 0.6, (0.4 + 2 * 7 / 22) / 3
-    close(Competence(bits_weight=1.0)(TINY, ctx).soft_labels[0, 0], first / (first + second))
-    # Client 0 casts the largest vote (.42 of .92) and alone teaches: the class it lacks is the student's.
-    student = torch.tensor([[0.2, 0.8], [0.5, 0.5]], dtype=torch.float64)
-    alone = Competence(top=0.1)(TINY, context(label_counts=COUNTS, student_probs=student))
-    close(alone.soft_labels[0], [0.2, 0.8])
-    close(alone.weights[:, 0], [1, 0, 0])
-
-
 # --- against a per-sample oracle ---
 
 
@@ -214,61 +149,6 @@ def test_active_equals_the_oracle(policy: Active, seed: int) -> None:
     close(choice.soft_labels, torch.stack([probs[e, i].mean(0) for i, e in enumerate(expected)]))
 
 
-def competence_oracle(probs: Tensor, ctx: TeacherContext, p: Competence) -> tuple[Tensor, Tensor]:
-    k, n, c = probs.shape
-    assert ctx.bits is not None and ctx.label_counts is not None and ctx.student_probs is not None
-    counts = ctx.label_counts.tolist()
-    taught, pending = [0.0] * k, [0.0] * k
-    labels, weights = [], []
-    for i in range(n):
-        if i % ctx.batch_size == 0:
-            taught = [a + b for a, b in zip(taught, pending, strict=True)]
-            pending = [0.0] * k
-        total = max(1.0, sum(taught))
-        v = [(int(ctx.bits[j]) / 8) ** p.bits_weight * math.exp(-p.diversity * taught[j] / total) for j in range(k)]
-        q = []
-        for j in range(k):
-            raw = [probs[j, i, a].item() / (counts[j][a] + p.smoothing) for a in range(c)]
-            q.append([r / sum(raw) for r in raw])
-
-        def votes(voters: list[int], v: list[float] = v, q: list[list[float]] = q) -> list[list[float]]:
-            have = [sum(counts[j][a] * v[j] for j in voters) for a in range(c)]
-            return [
-                [q[j][a] * counts[j][a] * v[j] / have[a] if j in voters and have[a] else 0.0 for a in range(c)]
-                for j in range(k)
-            ]
-
-        cast = votes(list(range(k)))
-        voters = list(range(k))
-        if p.top is not None:
-            voters = sorted(voters, key=lambda j: (-sum(cast[j]), j))[: math.ceil(p.top * k)]
-            cast = votes(voters)
-        tau = [sum(cast[j][a] for j in range(k)) for a in range(c)]
-        own = [0.0 if any(counts[j][a] for j in voters) else ctx.student_probs[i, a].item() for a in range(c)]
-        labels.append([o + t / sum(tau) * (1 - sum(own)) for o, t in zip(own, tau, strict=True)])
-        weights.append([sum(row) / sum(tau) for row in cast])
-        pending = [a + b for a, b in zip(pending, weights[-1], strict=True)]
-    return torch.tensor(labels, dtype=probs.dtype), torch.tensor(weights, dtype=probs.dtype).T
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(
-    "policy",
-    [
-        Competence(),
-        Competence(smoothing=2.0, bits_weight=1.5),
-        Competence(diversity=3.0),
-        Competence(0.5, 1.0, 2.0, 0.3),
-    ],
-)
-def test_competence_equals_the_oracle(policy: Competence, seed: int) -> None:
-    probs, ctx = random_case(seed)
-    choice = policy(probs, ctx)
-    labels, weights = competence_oracle(probs, ctx, policy)
-    close(choice.soft_labels, labels, atol=1e-12)
-    close(choice.weights, weights, atol=1e-12)
-
-
 # --- what always holds ---
 
 
@@ -306,6 +186,7 @@ def test_the_clients_order_does_not_matter(name: str) -> None:
 def test_one_client_is_the_only_teacher(name: str) -> None:
     probs, ctx = random_case(1, k=1)
     ctx.label_counts = torch.ones(1, 4, dtype=torch.long)  # a flat prior: nothing to correct
+    ctx.class_prior = probs.mean((0, 1))  # and nothing to balance
     choice = as_policy(name)(probs, ctx)
     close(choice.soft_labels, probs[0])
     close(choice.weights, torch.ones(1, 23))
@@ -337,7 +218,8 @@ def test_context_of_some_clients() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "field"), [("competence", "label_counts"), ("top_loss", "losses"), ("random", "generator")]
+    ("name", "field"),
+    [("competence", "label_counts"), ("balanced", "label_counts"), ("top_loss", "losses"), ("random", "generator")],
 )
 def test_what_a_policy_needs_is_named(name: str, field: str) -> None:
     assert POLICIES[name].needs == (field,)
@@ -354,6 +236,8 @@ def test_what_a_policy_needs_is_named(name: str, field: str) -> None:
         ({"label_counts": torch.zeros(3, 2)}, "`label_counts` to be counts"),
         ({"label_counts": -COUNTS}, "`label_counts` to be counts"),
         ({"batch_size": 0}, "`batch_size`"),
+        ({"class_prior": torch.ones(3)}, r"`class_prior` to have shape \(2,\)"),
+        ({"class_prior": torch.zeros(2)}, "`class_prior` to be frequencies"),
     ],
 )
 def test_a_context_that_does_not_fit(changes: dict[str, Any], match: str) -> None:
@@ -380,6 +264,9 @@ def test_names_and_options() -> None:
         (lambda: Entropy(top=0), "`top` to be above 0"),
         (lambda: Random(top=1.5), "`top`"),
         (lambda: Competence(smoothing=0), "`smoothing`"),
+        (lambda: Competence(power=-1.0), "`power`"),
+        (lambda: Competence(pool="harmonic"), "`pool`"),
+        (lambda: Competence(balance=1.1), "`balance` to be from 0 to 1"),
     ):
         with pytest.raises(ValueError, match=match):
             call()
