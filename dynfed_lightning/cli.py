@@ -9,7 +9,9 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -187,13 +189,18 @@ def fit(config: dict[str, Any], ckpt: str | None = None) -> Path:
         arguments = dict(vars(made.trainer))
         callbacks = arguments.pop("callbacks", None) or []
         callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
-        info = {"name": config["name"], "seed": config["seed"]}
-        recorder = RunRecorder(out, info=info)
+        recorder = RunRecorder(out, info={"name": config["name"], "seed": config["seed"]})
         (out / "config.yaml").write_text(configs.dump_namespace(parser, namespace, config), encoding="utf-8")
         trainer = L.Trainer(**arguments, callbacks=[*callbacks, recorder, RoundProgress(config["name"])])
-        trainer.fit(federation, datamodule=data, ckpt_path=ckpt)
-    if getattr(trainer, "interrupted", False):
-        raise KeyboardInterrupt
+        # A run that fails must not pass for the one that was here before.
+        (out / "summary.json").unlink(missing_ok=True)
+        before = signal.getsignal(signal.SIGINT)
+        try:
+            trainer.fit(federation, datamodule=data, ckpt_path=ckpt)
+        except SystemExit as stop:  # Lightning's way to end after Ctrl-C, which it ignores from then on
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, before)
+            raise KeyboardInterrupt from stop
     draw(out)
     return out
 

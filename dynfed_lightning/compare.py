@@ -137,7 +137,6 @@ def finished(item: Item) -> bool:
 
 def _run_here(item: Item) -> str | None:
     try:
-        _clear(item)
         fit(item.config)
     except Exception as error:
         if os.environ.get("DYNFED_DEBUG") == "1":
@@ -150,7 +149,8 @@ def _run_apart(item: Item, jobs: int) -> str | None:
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     env = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **os.environ}
     try:
-        _clear(item)
+        writable(item.out)
+        (item.out / "summary.json").unlink(missing_ok=True)  # the process may die before it does so itself
         request = item.out / "request.yaml"
         request.write_text(configs.dump(item.config), encoding="utf-8")
         command = [sys.executable, "-m", "dynfed_lightning.cli", "fit", "--config", str(request)]
@@ -164,12 +164,6 @@ def _run_apart(item: Item, jobs: int) -> str | None:
         return None
     lines = (item.out / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return lines[-1].removeprefix("dynfed: error: ") if lines else f"exit code {code}"
-
-
-def _clear(item: Item) -> None:
-    """Remove what says that an earlier run is complete, so that a crash cannot pass for one."""
-    writable(item.out)
-    (item.out / "summary.json").unlink(missing_ok=True)
 
 
 def _title(item: Item) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # Before anything imports them.
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -22,6 +24,22 @@ from hypothesis import HealthCheck, settings
 # A busy machine must not fail a property; the same examples every time, so that a red build can be repeated.
 settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("steady")
+
+TINY: dict[str, Any] = {
+    "seed": 3,
+    "trainer": {"max_epochs": 2},
+    "module": {
+        "class_path": "ClientModule",
+        "init_args": {"lr": 0.1, "model": {"class_path": "MLP", "init_args": {"in_features": 64, "hidden": [8]}}},
+    },
+    "local": {"class_path": "LoopLocal", "init_args": {"max_steps": 2}},
+    "data": {
+        "dataset": "digits",
+        "partitioner": {"class_path": "Dirichlet", "init_args": {"num_clients": 3, "alpha": 1.0}},
+        "public": 20,
+        "train_fraction": 0.3,
+    },
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -44,3 +62,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Callable[..., Path]:
+    """Write a small configuration, with changes, to a file: ``tiny("a", algorithm="FedAvg")``; two rounds, three clients."""
+    from dynfed_lightning.config import merge
+
+    def write(name: str, **changes: Any) -> Path:
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(json.dumps(merge(TINY, {"name": name, **changes})))  # JSON is YAML
+        return file
+
+    return write

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,172 +16,19 @@ import pytest
 import torch
 import yaml
 
-from dynfed_lightning import compare
 from dynfed_lightning.cli import describe, fit, main, one_line, slug
-from dynfed_lightning.config import ConfigError, dump, load, merge
-from dynfed_lightning.lookup import find_class, parameters
+from dynfed_lightning.config import load
 
 pytest.importorskip("sklearn")
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "benchmarks" / "configs"
 FOLDER = {"config.yaml", "rounds.csv", "clients.csv", "summary.json", "model.safetensors", "plots"}
-# Lightning says so in every run that has no logger; nobody else's warning is let through.
+# Said once where there is no compiler; every run here would say it.
 pytestmark = pytest.mark.filterwarnings("ignore:.*kernels of dynfed_lightning are missing.*")
-
-TINY: dict[str, Any] = {
-    "seed": 3,
-    "trainer": {"max_epochs": 2},
-    "module": {
-        "class_path": "ClientModule",
-        "init_args": {"lr": 0.1, "model": {"class_path": "MLP", "init_args": {"in_features": 64, "hidden": [8]}}},
-    },
-    "local": {"class_path": "LoopLocal", "init_args": {"max_steps": 2}},
-    "data": {
-        "dataset": "digits",
-        "partitioner": {"class_path": "Dirichlet", "init_args": {"num_clients": 3, "alpha": 1.0}},
-        "public": 20,
-        "train_fraction": 0.3,
-    },
-}
-
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> Callable[..., Path]:
-    """Write TINY with changes to a file; ``tiny("a", algorithm="FedAvg")``."""
-
-    def write(name: str, **changes: Any) -> Path:
-        file = tmp_path / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(merge(TINY, {"name": name, **changes})))
-        return file
-
-    return write
 
 
 def words(file: Path, *more: str) -> list[str]:
     return ["--config", str(file), *more]
-
-
-# --------------------------------------------------------------------- reading
-
-
-def test_files_merge_and_classes_are_found(tmp_path: Path, tiny: Callable[..., Path]) -> None:
-    tiny("base", algorithm={"class_path": "FedProx", "init_args": {"mu": 0.5}})
-    (tmp_path / "top.yaml").write_text("base: base.yaml\nname: top\nalgorithm: FedAvg\ntrainer: {max_steps: 7}\n")
-    config = load([tmp_path / "top.yaml"], ["--local.max_steps", "5", "--data.partitioner.alpha=0.1", "--seed", "9"])
-    assert config["algorithm"] == {"class_path": "dynfed_lightning.algorithms.fedavg.FedAvg"}  # mu went with FedProx
-    assert config["trainer"] == {"max_epochs": 2, "max_steps": 7}
-    assert config["local"]["init_args"] == {"max_steps": 5}
-    assert config["data"]["partitioner"]["init_args"] == {"num_clients": 3, "alpha": 0.1}
-    assert (config["seed"], config["name"]) == (9, "top")
-
-
-def test_bases_in_a_circle(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text("base: b.yaml\n")
-    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
-    with pytest.raises(ConfigError, match="leads back to itself"):
-        load([tmp_path / "a.yaml"])
-
-
-def test_merge() -> None:
-    below = {"a": {"x": 1, "y": [1, 2]}, "b": {"class_path": "A", "init_args": {"p": 1}}}
-    assert merge(below, {"a": {"y": [3]}}) == {**below, "a": {"x": 1, "y": [3]}}
-    assert merge(below, {"b": {"class_path": "A", "init_args": {"q": 2}}})["b"]["init_args"] == {"p": 1, "q": 2}
-    assert merge(below, {"b": {"class_path": "B"}})["b"] == {"class_path": "B"}
-
-
-def test_parameters_follow_keyword_arguments() -> None:
-    class A:
-        def __init__(self, x: int, *, y: int = 0) -> None: ...
-
-    class B(A):
-        def __init__(self, z: int, **rest: int) -> None: ...
-
-    def make(a: int, b: int = 1) -> A: ...  # type: ignore[empty-body]
-
-    assert parameters(B) == ["z", "x", "y"]
-    assert parameters(make) == ["a", "b"]
-    assert find_class("collections.OrderedDict", "x").__name__ == "OrderedDict"
-
-
-def test_resolved_configuration_reads_back_the_same(tmp_path: Path, tiny: Callable[..., Path]) -> None:
-    first = load([tiny("a", algorithm="DynFed", trainer={"callbacks": [{"class_path": "LambdaCallback"}]})])
-    first["algorithm"]["init_args"] = {"distillation": None}  # a null that is not the default
-    (tmp_path / "again.yaml").write_text(dump(first))
-    assert load([tmp_path / "again.yaml"])["algorithm"]["init_args"]["distillation"] is None
-    assert dump(load([tmp_path / "again.yaml"])) == dump(first)
-    assert "lightning.pytorch.callbacks" in dump(first) and "num_nodes: 1" in dump(first)
-    first["trainer"]["callbacks"] = [{"class_path": "lightning.pytorch.callbacks.Timer"}]  # its default has no YAML
-    assert "lightning.pytorch.callbacks.Timer" in dump(first)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--algoritm", "FedAvg"], "Unknown key `algoritm`; did you mean `algorithm`?"),
-        (["--trainer.max_epoch", "3"], "Unknown key `trainer.max_epoch`; did you mean `max_epochs`?"),
-        (["--algorithm.bitz", "4"], "Unknown key `algorithm.bitz`; did you mean `bits`?"),
-        (["--data.partitioner.alfa", "1"], "Unknown key `data.partitioner.alfa`; did you mean `alpha`?"),
-        (
-            ["--data.partitioner", "{class_pth: IID}"],
-            "Unknown key `data.partitioner.class_pth`; did you mean `class_path`?",
-        ),
-        (
-            ["--data.partitioner", "Dirichlt"],
-            "Unknown class `Dirichlt` in `data.partitioner`; did you mean `Dirichlet`?",
-        ),
-        (["--algorithm", "dynfed"], "Unknown class `dynfed` in `algorithm`; did you mean `DynFed`?"),
-        (["--algorithm", "xyz"], "Unknown class `xyz` in `algorithm`; there are: Centralised, DAdaQuant, DynFed,"),
-        (["--algorithm", "no.such.Thing"], "Cannot import `no.such.Thing` of `algorithm`: No module named 'no'."),
-        (["--module.model.class_path", "torch.nn.Linar"], "did you mean `torch.nn.Linear`?"),
-        (["--data.batch_size", "big"], "Expected `data.batch_size` to be int, but got 'big'."),
-        (["--trainer.max_epochs", "x"], "Expected `trainer.max_epochs` to be int or null, but got 'x'."),
-        (["--data.partitioner.alpha", "-1"], "Expected `alpha` to be a finite number above 0, but got -1"),
-        (["--algorithm.bits", "9"], "Expected `bits`"),
-        (["--local", "lop"], "Expected `local` to be 'trainer', 'loop' or an executor, but got 'lop'."),
-        (["--data.dataset", "digitz"], "Did you mean 'digits'?"),
-        (["--data.partitioner.num_clients", "100000"], "100000"),
-        (["--data.public", "null"], "Expected a public set"),
-        (["--module.model.num_classes", "7"], "10"),
-        (["--federation.min_client", "3"], "Unknown key `federation.min_client`; did you mean `min_clients`?"),
-        (["--trainer.max_epochs"], "Expected a value after `--trainer.max_epochs`."),
-        (["surplus"], "Expected options like `--trainer.max_epochs 10`, but got `surplus`."),
-        (["--ckpt", "nowhere.ckpt"], "Expected `ckpt` to be a checkpoint file, but there is no nowhere.ckpt."),
-    ],
-)
-def test_bad_input_is_one_line_and_2(
-    options: list[str], message: str, tmp_path: Path, tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tiny("a", algorithm="DynFed", out=str(tmp_path / "out"))
-    assert main(["fit", *words(file), *options]) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith("dynfed: error: ") and captured.err.count("\n") == 1
-    assert message in captured.err
-    assert (
-        not (tmp_path / "out" / "rounds.csv").is_file() or "round" not in (tmp_path / "out" / "rounds.csv").read_text()
-    )
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a: [1", "is not YAML"),
-        ("- 1", "to hold a mapping of sections, but it holds a list"),
-        ("name: x", "Expected a section `module`"),
-        ("trainer: 3\nmodule: ClientModule\nalgorithm: FedAvg\ndata: {}", "Expected a section `data`"),
-    ],
-)
-def test_bad_files(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "x.yaml"
-    file.write_text(text)
-    assert main(["fit", *words(file)]) == 2
-    assert message in capsys.readouterr().err
-    assert main(["fit", *words(tmp_path / "missing.yaml")]) == 2
-    assert "missing.yaml: No such file or directory" in capsys.readouterr().err
-
-
-def test_debug_shows_the_traceback(tiny: Callable[..., Path]) -> None:
-    with pytest.raises(ConfigError):
-        main(["fit", "--debug", *words(tiny("a", algorithm="FedAvg"), "--algoritm", "x")])
 
 
 def test_unwritable_folder_is_found_before_training(
@@ -276,104 +124,28 @@ def test_a_failure_in_training_is_reported(
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
-# --------------------------------------------------------------------- compare
-
-
-def test_compare(tmp_path: Path, tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
-    files = [str(tiny("FedAvg", algorithm="FedAvg")), str(tiny("Four bits", algorithm="FedPAQ"))]
-    out = tmp_path / "all"
-    command = ["compare", *files, "--seeds", "0", "1", "--out", str(out), "--last", "1"]
-    assert main(command) == 0
-    assert {p.name for p in out.iterdir()} == {"compare.md", "compare.json", "compare.png", "fedavg", "four-bits"}
-    table = (out / "compare.md").read_text()
-    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["FedAvg", "Four bits"]
-    shown = capsys.readouterr().out
-    assert table.strip() in shown and str(out / "compare.png") in shown
-    numbers = json.loads((out / "compare.json").read_text())["methods"]
-    assert [m["seeds"] for m in numbers] == [2, 2]
-    assert 0 < numbers[1]["uplink_ratio"] < 0.5
-    seeds = {json.loads((out / "fedavg" / s / "summary.json").read_text())["seed"] for s in ("seed0", "seed1")}
-    assert seeds == {0, 1}
-    same = {json.loads((out / n / "seed0" / "summary.json").read_text())["split"] for n in ("fedavg", "four-bits")}
-    assert len(same) == 1
-
-    stamps = {p: p.stat().st_mtime_ns for p in out.rglob("model.safetensors")}
-    assert main([*command, "--resume"]) == 0
-    assert {p: p.stat().st_mtime_ns for p in out.rglob("model.safetensors")} == stamps
-    assert capsys.readouterr().out.count("kept, finished before") == 4
-    assert main([*command, "--resume", "--local.max_steps", "3"]) == 0  # changed, so trained again
-    assert all(p.stat().st_mtime_ns != stamp for p, stamp in stamps.items())
-
-
-def test_compare_goes_on_after_a_failure(
-    tmp_path: Path, tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("where", ["dynfed_lightning.federation.Federation", "dynfed_lightning.module.ClientModule"])
+def test_interrupted(
+    where: str,
+    tmp_path: Path,
+    tiny: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real = compare.fit
+    """Ctrl-C in the outer or in a client's Trainer: 130, no summary of an earlier run, and Ctrl-C works again."""
 
-    def broken(config: dict[str, Any]) -> Path:
-        if config["name"] == "bad":
-            raise RuntimeError("boom")
-        return real(config)
+    def press(*_: Any) -> None:
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(compare, "fit", broken)
-    files = [str(tiny("bad", algorithm="FedProx")), str(tiny("good", algorithm="FedAvg"))]
-    assert main(["compare", *files, "--out", str(tmp_path / "all")]) == 1
-    captured = capsys.readouterr()
-    assert f"dynfed: failed: {tmp_path / 'all' / 'bad' / 'seed3'}: RuntimeError: boom" in captured.err
-    assert "| good" in captured.out and "| bad" not in captured.out
-
-
-@pytest.mark.slow
-def test_compare_in_processes(tmp_path: Path, tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
-    """Two at a time; one dies, its last line is the reason; the other's weights are those of a run in this process."""
-    good = tiny("good", algorithm="FedAvg")
-    bad = tiny("bad", algorithm={"class_path": "DynFed", "init_args": {"distillation": "nonsense"}})
-    out = tmp_path / "all"
-    assert main(["compare", str(good), str(bad), "--out", str(out), "--jobs", "2"]) == 1
-    captured = capsys.readouterr()
-    assert "good, seed 3: done" in captured.out and "bad, seed 3: failed" in captured.out
-    assert "nonsense" in captured.err
-    folder = out / "good" / "seed3"
-    assert {p.name for p in folder.iterdir()} == FOLDER | {"log.txt"}
-    here = fit({**load([good]), "out": str(tmp_path / "here")})
-    assert (here / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("changes", "key"),
-    [
-        ({"data": {"partitioner": {"init_args": {"alpha": 0.5}}}}, "data.partitioner.init_args.alpha"),
-        ({"data": {"batch_size": 8}}, "data.batch_size"),
-        ({"trainer": {"max_epochs": 3}}, "trainer.max_epochs"),
-        ({"module": {"init_args": {"lr": 0.2}}}, "module.init_args.lr"),
-    ],
-)
-def test_compare_refuses_what_differs(
-    changes: dict[str, Any], key: str, tmp_path: Path, tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    files = [str(tiny("a", algorithm="FedAvg")), str(tiny("b", algorithm="FedProx", **changes))]
-    assert main(["compare", *files, "--out", str(tmp_path / "all")]) == 2
-    assert f"but `{key}` is" in capsys.readouterr().err
-    assert not (tmp_path / "all").exists()
-    items = compare.plan(files, tmp_path / "all", allow_different=True)
-    assert [i.out.name for i in items] == ["seed3", "seed3"]
-
-
-def test_compare_needs_distinct_names_and_sane_numbers(
-    tmp_path: Path, tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = str(tiny("a", algorithm="FedAvg"))
-    assert main(["compare", file, file, "--out", str(tmp_path / "all")]) == 2
-    assert "Two of the configurations are called `a`" in capsys.readouterr().err
-    assert main(["compare", file, "--jobs", "0"]) == 2
-    assert main(["compare", file, "--last", "0"]) == 2
-
-
-def test_seeds_move_the_split_unless_it_has_its_own(tmp_path: Path, tiny: Callable[..., Path]) -> None:
-    free = compare.plan([tiny("a", algorithm="FedAvg")], tmp_path / "x", seeds=[0, 1, 1])
-    assert [(i.seed, i.config["data"]["seed"]) for i in free] == [(0, 0), (1, 1)]
-    fixed = compare.plan([tiny("a", algorithm="FedAvg", data={"seed": 42})], tmp_path / "x", seeds=[0, 1])
-    assert [i.config["data"]["seed"] for i in fixed] == [42, 42]
+    file = tiny("a", algorithm="FedAvg", out=str(tmp_path / "run"), local="trainer")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").write_text("{}")
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(f"{where}.training_step", press)
+    assert main(["fit", *words(file)]) == 130
+    assert capsys.readouterr().err.strip().endswith("dynfed: interrupted")
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert not (tmp_path / "run" / "summary.json").exists()
 
 
 # ------------------------------------------------------------ inspect and report
