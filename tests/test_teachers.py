@@ -202,8 +202,19 @@ def test_saturated_predictions_stay_finite() -> None:
 
 
 def test_at_least_one_is_exact_at_decimal_fractions() -> None:
-    assert [at_least_one(0.1, 30), at_least_one(0.2, 20), at_least_one(0.2, 21), at_least_one(0.01, 3)] == [3, 4, 5, 1]
-    assert 0.1 * 3 * 10 != 3.0  # why the guard is there
+    assert 0.07 * 100 > 7  # why the guard is there
+    assert [at_least_one(0.07, 100), at_least_one(0.2, 20), at_least_one(0.2, 21), at_least_one(0.01, 3)] == [
+        7,
+        4,
+        5,
+        1,
+    ]
+
+
+def test_more_bits_than_the_maximum_count_as_the_maximum() -> None:
+    ctx = context(bits=torch.tensor([32, 8, 4]), max_bits=8)
+    close(ctx.bit_ratio(TINY, 3), [1, 1, 0.5])
+    close(context().bit_ratio(TINY, 3), [1, 1, 1])
 
 
 def test_context_of_some_clients() -> None:
