@@ -95,7 +95,7 @@ def test_constraints_name_one_version_of_every_direct_dependency() -> None:
 
 @pytest.mark.slow
 def test_source_archive_and_wheel_hold_what_they_should(tmp_path: Path) -> None:
-    code = "from setuptools import build_meta as b; import sys; b.build_sdist(sys.argv[1]); b.build_wheel(sys.argv[1])"
+    code = "from setuptools import build_meta as b; import sys; to = sys.argv[1]; b.build_sdist(to); b.build_wheel(to)"
     copy = tmp_path / "checkout"
     files = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
