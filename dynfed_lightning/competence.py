@@ -108,8 +108,15 @@ class Balanced(Competence):
     Models of few rounds or few samples call some classes far too often. Where the public samples are about as mixed as
     the clients' data, that shows without labels: the soft labels' mean over the public set is off. So each class gets
     one factor for all samples, ``tau'(x)[c] proportional to tau(x)[c] exp(balance a[c])``, where at ``balance = 1`` the
-    mean of tau' is ``ctx.class_prior``. The default goes half the way: most of the gain where the assumption holds, a
-    small loss where it is off. For a public set of quite another mix than the clients' data set ``balance=0``.
+    mean of tau' is ``ctx.class_prior``. The default goes half the way, since the public set's true mix is not known.
+
+    A trial (MNIST, quarter of the training set, 20 clients all in every round, no quantisation, mean of three seeds,
+    accuracy of the distilled model). Dirichlet 0.05, 8 rounds of 100 steps, 500 public samples: `Competence` 83.9 %,
+    this 85.7 %, after the first round 60.7 % and 74.2 %. Dirichlet 0.1, 5 rounds of 150 steps, 1,000 public samples:
+    88.3 % and 89.0 %, after the first round 77.0 % and 81.8 %. Where the public set's mix was not the clients', the soft
+    labels of later rounds were right less often than without balancing: by 0 to 4 points with class frequencies from 1
+    down to 0.1, by 7 to 10 with half of the classes missing. Set ``balance=0``, or give the mix, if it is known to
+    differ.
     """
 
     pool: str = "geometric"

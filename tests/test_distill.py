@@ -21,7 +21,7 @@ from dynfed_lightning.distill import (
     distillation_loss,
 )
 from dynfed_lightning.quiet import isolated_rng, quiet_fit, quiet_trainer
-from dynfed_lightning.teachers import Mean
+from dynfed_lightning.teachers import Active, Mean
 from dynfed_lightning.teaching import TeacherContext
 from dynfed_lightning.tensors import Tensors, weights_of
 
@@ -196,6 +196,25 @@ def test_first_step_is_adams() -> None:
     result = recipe.run(module, pull, start, Public(torch.ones(4, 1)), ctx, seed=0)
     torch.testing.assert_close(result.weights["weight"], torch.tensor([[0.125], [-0.125]]), atol=1e-6, rtol=0)
     assert result.loss_before == pytest.approx(math.log(2), abs=1e-6) and result.num_steps == 1
+
+
+def test_the_student_starts_at_start_whatever_the_module_holds(teachers: list[Tensors]) -> None:
+    start = weights_of(net(9))
+    here, there = (run(teachers, module=net(seed), start=start) for seed in (9, 3))
+    assert here.loss_before == there.loss_before
+    assert all(torch.equal(here.weights[n], there.weights[n]) for n in start)
+    # The averaged model's own predictions, for the class nobody has, are those of `start` too.
+    ctx = TeacherContext(num_examples=torch.ones(3), label_counts=torch.tensor([[5, 5, 0]] * 3))
+    unseen = run(teachers, module=net(3), start=start, ctx=ctx).choice.soft_labels[:, 2]
+    with torch.no_grad():
+        torch.testing.assert_close(unseen, net(9)(blobs(129, 50)[0]).softmax(-1)[:, 2])
+
+
+def test_the_diversity_counts_mini_batches_of_the_recipe(teachers: list[Tensors]) -> None:
+    # A huge lam: one teacher a mini-batch, and whoever taught least so far is next.
+    recipe = Distillation(policy=Active(lam=1e3, beta=0.0, keep=1.0), batch_size=43)
+    share = run(teachers, recipe, ctx=TeacherContext(num_examples=torch.ones(3))).choice.share
+    torch.testing.assert_close(share, torch.full((3,), 1 / 3))  # 129 samples are 3 mini-batches
 
 
 def test_dither_reaches_the_soft_labels(teachers: list[Tensors]) -> None:
