@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dynfed_lightning.codec import Codec, Decoded
 from dynfed_lightning.schema import Schema
+from dynfed_lightning.stages import Quantize
 from dynfed_lightning.tensors import Tensors, added, load_weights, travelling, weights_of
 
 if TYPE_CHECKING:
@@ -199,9 +200,13 @@ class Server:
 class Algorithm:
     """A federated method: four hooks around the round. `FedAvg` supplies every default.
 
+    Args:
+        uplink: codec of what clients send, or bits for ``Codec(Quantize(bits))``; default float32.
+        downlink: of what the server sends, likewise. A lossy one sends differences to what each client holds.
+
     Attributes:
-        uplink: codec of what clients send; identity (float32) unless said.
-        downlink: codec of what the server sends. A lossy one sends differences to what each client holds.
+        uplink: see above.
+        downlink: see above.
         requires_public: the method cannot run without a public set.
         personalised: clients are judged by their own models (`personal_model`), not by the global one.
         pooled: train on all clients' rows in one place (the centralised end of the scale).
@@ -215,9 +220,9 @@ class Algorithm:
     pooled: bool = False
     communicates: bool = True
 
-    def __init__(self, *, uplink: Codec | None = None, downlink: Codec | None = None) -> None:
-        self.uplink = uplink if uplink is not None else Codec()
-        self.downlink = downlink if downlink is not None else Codec()
+    def __init__(self, *, uplink: Codec | int | None = None, downlink: Codec | int | None = None) -> None:
+        self.uplink = _codec("uplink", uplink)
+        self.downlink = _codec("downlink", downlink)
 
     @property
     def name(self) -> str:
@@ -270,6 +275,17 @@ class Algorithm:
         """The model that this client is judged by; default: the global one. `module` is a fresh copy to load into."""
         load_weights(module, global_weights)
         return module
+
+
+def _codec(name: str, value: Codec | int | None) -> Codec:
+    """A codec, bits to quantise to, or None for float32."""
+    if value is None:
+        return Codec()
+    if isinstance(value, Codec):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"Expected `{name}` to be a Codec, bits or None, but got {type(value).__name__}.")
+    return Codec(Quantize(value))
 
 
 def total_examples(replies: Iterable[Reply]) -> list[float]:

@@ -77,7 +77,7 @@ class DAdaQuant(FedAvg):
         smoothing: float = 0.9,
         per_client: bool = True,
         bucket: int = 512,
-        downlink: Codec | None = None,
+        downlink: Codec | int | None = None,
     ) -> None:
         super().__init__(uplink=Codec(Quantize(InstructedBits(), bucket=bucket)), downlink=downlink)
         if patience is not None and patience < 1:

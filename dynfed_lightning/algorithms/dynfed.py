@@ -40,7 +40,7 @@ from dynfed_lightning.distill import Distillation
 from dynfed_lightning.local import LocalExecutor
 from dynfed_lightning.resources import Resources
 from dynfed_lightning.stages import Quantize
-from dynfed_lightning.teachers import TeacherContext, as_policy
+from dynfed_lightning.teachers import TeacherContext
 from dynfed_lightning.tensors import difference, load_weights, weights_of
 
 _SIGNALS = ("grad_norm", "loss_delta", "random", None)
@@ -55,7 +55,7 @@ def resource_cap(
     num_values: int = 0,
     bucket: int = 512,
 ) -> int:
-    """Eq. 2: ``clip(floor(c_k / c_p), b_min, B_max)``; where the link is known, also the most bits whose upload meets the deadline.
+    """Eq. 2: ``clip(floor(c_k / c_p), b_min, B_max)``; with a link and a deadline, at most the bits that can be sent in time.
 
     Args:
         resources: of the client; what it does not report does not limit it.
@@ -87,7 +87,7 @@ def adjusted_bits(bits: float, ratio: float, *, eta: float, low: int, high: int,
     >>> adjusted_bits(2.1, 0.0, eta=1.0, low=2, high=8, cap=7)
     2.0
     """
-    return min(max(bits + eta * (ratio - bits / high), low), cap)
+    return float(min(max(bits + eta * (ratio - bits / high), low), cap))
 
 
 class DynFed(FedAvg):
@@ -103,7 +103,7 @@ class DynFed(FedAvg):
         deadline: seconds an upload may take; with it, a client's reported bandwidth caps its bits too.
         distillation: a `Distillation`, the name of a teacher policy, or None for plain averaging.
         bucket: values that share a scale.
-        downlink: codec of what the server sends, e.g. ``Codec(Quantize(8))``; default float32.
+        downlink: codec of what the server sends, or bits, e.g. ``8``; default float32.
 
     Label counts are uploaded once per client where the teacher policy needs them (C integers, counted as bytes); they tell
     the server how many rows of each class a client has. ``distillation="active"`` does without.
@@ -119,7 +119,7 @@ class DynFed(FedAvg):
         deadline: float | None = None,
         distillation: Distillation | str | None = "competence",
         bucket: int = 512,
-        downlink: Codec | None = None,
+        downlink: Codec | int | None = None,
     ) -> None:
         self.adaptive = isinstance(bits, (tuple, list))
         if self.adaptive:
@@ -181,7 +181,7 @@ class DynFed(FedAvg):
         return told
 
     def _needs(self, what: str) -> bool:
-        return self.distillation is not None and what in as_policy(self.distillation.policy).needs
+        return self.distillation is not None and what in self.distillation.needs
 
     def client_step(self, client: Client, module: L.LightningModule, received: Received) -> Update:
         """Train; upload the update (quantised by the codec), G_k and the loss, and once the label counts."""
@@ -230,13 +230,16 @@ class DynFed(FedAvg):
 
     def _context(self, server: Server, replies: Sequence[Reply]) -> TeacherContext:
         """What the server knows of the replies besides their predictions."""
-        told = [_reply_bits(r) for r in replies]
         labels: Mapping[str, list[int]] = server.state["labels"]
-        known = all(str(r.client_id) in labels for r in replies)
+        counts = [labels[str(r.client_id)] for r in replies if str(r.client_id) in labels]
+        known = (
+            torch.tensor(list(labels.values())) if labels else None
+        )  # of every client heard so far, not only this cohort
         return TeacherContext(
             num_examples=torch.tensor([r.num_examples for r in replies]),
-            bits=None if self.bits is None else torch.tensor(told),
-            label_counts=torch.tensor([labels[str(r.client_id)] for r in replies]) if known and labels else None,
+            bits=None if self.bits is None else torch.tensor([_reply_bits(r) for r in replies]),
+            label_counts=torch.tensor(counts) if counts and len(counts) == len(replies) else None,
+            class_prior=None if known is None else known.sum(0),
             losses=torch.tensor([r.scalars["loss"] for r in replies]),
             max_bits=self.high if self.adaptive else 8,
             generator=server.rng(1),

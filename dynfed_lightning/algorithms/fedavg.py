@@ -29,8 +29,8 @@ class FedAvg(Algorithm):
     """Sample-weighted averaging of local updates.
 
     Args:
-        uplink: codec of what clients send; default float32.
-        downlink: codec of what the server sends; default float32.
+        uplink: codec of what clients send, or bits; default float32.
+        downlink: of what the server sends, likewise; a lossy one sends differences.
     """
 
     def client_step(self, client: Client, module: L.LightningModule, received: Received) -> Update:

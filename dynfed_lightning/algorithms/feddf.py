@@ -18,7 +18,7 @@ from dynfed_lightning.algorithms._distil import average_and_distil
 from dynfed_lightning.algorithms.fedavg import FedAvg
 from dynfed_lightning.codec import Codec
 from dynfed_lightning.distill import Distillation
-from dynfed_lightning.teachers import TeacherContext, as_policy
+from dynfed_lightning.teachers import TeacherContext
 
 
 class FedDF(FedAvg):
@@ -36,12 +36,12 @@ class FedDF(FedAvg):
         self,
         distillation: Distillation | None = None,
         *,
-        uplink: Codec | None = None,
-        downlink: Codec | None = None,
+        uplink: Codec | int | None = None,
+        downlink: Codec | int | None = None,
     ) -> None:
         super().__init__(uplink=uplink, downlink=downlink)
         self.distillation = distillation if distillation is not None else Distillation.feddf()
-        if "label_counts" in as_policy(self.distillation.policy).needs:
+        if "label_counts" in self.distillation.needs:
             raise ValueError(
                 "Expected a teacher policy without label counts, since FedDF's clients upload none: use DynFed."
             )

@@ -23,7 +23,7 @@ class FedPAQ(FedAvg):
         downlink: see `FedAvg`.
     """
 
-    def __init__(self, bits: int = 4, *, bucket: int = 512, downlink: Codec | None = None) -> None:
+    def __init__(self, bits: int = 4, *, bucket: int = 512, downlink: Codec | int | None = None) -> None:
         super().__init__(uplink=Codec(Quantize(bits, bucket=bucket)), downlink=downlink)
         self.bits = bits
 

@@ -24,7 +24,9 @@ class FedProx(FedAvg):
         downlink: see `FedAvg`.
     """
 
-    def __init__(self, mu: float = 0.01, *, uplink: Codec | None = None, downlink: Codec | None = None) -> None:
+    def __init__(
+        self, mu: float = 0.01, *, uplink: Codec | int | None = None, downlink: Codec | int | None = None
+    ) -> None:
         super().__init__(uplink=uplink, downlink=downlink)
         ProximalTerm(mu)  # says now what is wrong with `mu`
         self.mu = mu
