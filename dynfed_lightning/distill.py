@@ -137,7 +137,7 @@ class ServerDistiller(L.LightningModule):
 
 @dataclass
 class Distillation:
-    """The recipe of one round's distillation; the defaults are DynFed's with this package's `Competence` teachers.
+    """The recipe of one round's distillation; the defaults are DynFed's with `Competence` teachers.
 
     Args:
         policy: a name (see ``teachers.POLICIES``) or a `TeacherPolicy`.
@@ -195,6 +195,16 @@ class Distillation:
     def needs(self) -> tuple[str, ...]:
         """The optional fields of `TeacherContext` that the policy cannot do without."""
         return as_policy(self.policy).needs
+
+    @classmethod
+    def named(cls, policy: str) -> Distillation:
+        """The recipe that goes with a teacher policy: 20 epochs for ``"balanced"``, whose labels gain from being fitted
+        closely, else 5 (`Competence` loses with more: its labels fall behind the student's own).
+
+        >>> Distillation.named("balanced").epochs, Distillation.named("active").epochs
+        (20, 5)
+        """
+        return cls(policy=policy, epochs=20 if policy == "balanced" else 5)
 
     @classmethod
     def feddf(cls, **changes: Any) -> Distillation:

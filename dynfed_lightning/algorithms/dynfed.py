@@ -17,8 +17,9 @@ L               `dynfed_lightning.distill.ServerDistiller` (eq. 10-11)
 
 Where the paper is silent or contradicts itself, this is what runs: eq. 2's level is used as a bit-width; eq. 4 is clipped to
 cap_k, without which memory plays no part; the quantiser's scale is the largest magnitude of a bucket, not the whole vector's L2
-norm; a link too slow for the round's deadline caps the bits like memory does. The default teachers are this package's own
-`Competence`; ``distillation="active"`` is the paper's choice. See `dynfed_lightning.teachers` for why.
+norm; a link too slow for the round's deadline caps the bits like memory does. The default teachers are this
+package's own `Balanced`, which expects a public set mixed about like the clients' data; ``distillation="competence"`` does not,
+and ``distillation="active"`` is the paper's choice. See `dynfed_lightning.competence` for why.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class DynFed(FedAvg):
         eta: step of eq. 4, >= 0.
         memory_per_bit: c_p of eq. 2, in MB.
         deadline: seconds an upload may take; with it, a client's reported bandwidth caps its bits too.
-        distillation: a `Distillation`, the name of a teacher policy, or None for plain averaging.
+        distillation: a `Distillation`, the name of a teacher policy (`Distillation.named`), or None for plain averaging.
         bucket: values that share a scale.
         downlink: codec of what the server sends, or bits, e.g. ``8``; default float32.
 
@@ -117,7 +118,7 @@ class DynFed(FedAvg):
         eta: float = 1.0,
         memory_per_bit: float = 2048.0,
         deadline: float | None = None,
-        distillation: Distillation | str | None = "competence",
+        distillation: Distillation | str | None = "balanced",
         bucket: int = 512,
         downlink: Codec | int | None = None,
     ) -> None:
@@ -144,7 +145,7 @@ class DynFed(FedAvg):
         self.memory_per_bit = memory_per_bit
         self.deadline = deadline
         self.bucket = bucket
-        self.distillation = Distillation(policy=distillation) if isinstance(distillation, str) else distillation
+        self.distillation = Distillation.named(distillation) if isinstance(distillation, str) else distillation
         self.requires_public = self.distillation is not None
 
     def setup(self, server: Server, executor: LocalExecutor) -> None:
