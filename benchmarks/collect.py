@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -86,16 +87,56 @@ def comparison(path: Path, last: int, baseline: str | None = "FedAvg") -> Compar
     return Comparison.of(runs, baseline=baseline, last=last)
 
 
+def kernels_table(path: Path, n: int = 1 << 24) -> str:
+    """The 4-bit rows of ``kernels-cpu.csv`` at `n` values: what was measured, against whom, in one run."""
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = [r for r in csv.DictReader(file) if int(r["n"]) == n and r["bits"] in ("4", "32")]
+    found: dict[str, list[dict[str, str]]] = {}
+    for r in rows:
+        label = r["operation"] + (f", {r['clients']} clients" if r["clients"] != "1" else "")
+        found.setdefault(label, []).append(r)
+    lines = ["| operation, 4 bits, 16 M values | implementation | ms (p50) | billion values/s |", "|---|---|--:|--:|"]
+    for label, group in found.items():
+        clients = int(group[0]["clients"])
+        for r in group:
+            if r["implementation"] != "kernel":  # the same without allocating its output; in the CSV
+                ms = float(r["p50_ms"])
+                lines.append(f"| {label} | {r['implementation']} | {ms:.1f} | {clients * n / ms / 1e6:.2f} |")
+    first = rows[0]
+    where = f"{first['cpu']}, {first['threads']} threads, `{first['backend']}`, torch {first['torch']}"
+    note = f"{where}; all widths and sizes in `benchmarks/results/{path.name}`."
+    return "\n".join([*lines, "", note])
+
+
+def fill_readme(text: str) -> str:
+    """`text` with every block between ``<!-- results:NAME -->`` and ``<!-- /results -->`` made from the committed results."""
+
+    def block(match: re.Match[str]) -> str:
+        name = match.group(1)
+        csv_path = RESULTS / ("kernels-cpu.csv" if name == "kernels" else f"{name}.csv")
+        body = kernels_table(csv_path) if name == "kernels" else comparison(csv_path, last=1).markdown()
+        return f"<!-- results:{name} -->\n{body}\n<!-- /results -->"
+
+    return re.sub(r"<!-- results:([\w.-]+) -->.*?<!-- /results -->", block, text, flags=re.DOTALL)
+
+
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, help="the folder given to `dynfed compare --out`")
-    parser.add_argument("name", help="what the results are called")
+    parser.add_argument("runs", type=Path, nargs="?", help="the folder given to `dynfed compare --out`")
+    parser.add_argument("name", nargs="?", help="what the results are called")
+    parser.add_argument("--readme", action="store_true", help="only: make the README's tables of the committed results")
     parser.add_argument("--last", type=int, default=1, help="rounds at the end that make the final accuracy")
     parser.add_argument("--from-csv", action="store_true", help="make table and figure of the committed CSV again")
     parser.add_argument("--order", nargs="*", default=[], help="method names that come first, in this order")
     parser.add_argument("--title", default="")
     options = parser.parse_args()
+    if options.readme:
+        readme = RESULTS.parent.parent / "README.md"
+        readme.write_text(fill_readme(readme.read_text(encoding="utf-8")), encoding="utf-8")
+        return
+    if options.runs is None or options.name is None:
+        parser.error("expected RUNS and NAME, or --readme")
     path = RESULTS / f"{options.name}.csv"
     if not options.from_csv:
         folders = sorted(p.parent for p in options.runs.glob("*/seed*/summary.json"))

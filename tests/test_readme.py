@@ -1,0 +1,76 @@
+"""What the README shows must run, and what it states must be what the committed results say."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+
+
+def _collect() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("collect", ROOT / "benchmarks" / "collect.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore")  # what Lightning says to a person is not under test here
+def test_the_fifteen_lines_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sklearn")
+    block = next(b for b in BLOCKS if "trainer.fit" in b)
+    lines = [line for line in block.splitlines() if line.strip()]
+    assert len(lines) <= 17
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {})
+    shown = eval(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("{")))
+    assert shown["accuracy"] > 0.85 and 2 <= shown["bits"] <= 8 and 6 * shown["mb_up"] < shown["mb_down"]
+    assert (tmp_path / "runs/readme/rounds.csv").is_file()
+
+
+def test_the_operations_run() -> None:
+    block = next(b for b in BLOCKS if "quantize_pack" in b)
+    names: dict[str, object] = {}
+    exec(compile(block, "README.md", "exec"), names)
+    import torch
+
+    x, y, total = names["x"], names["y"], names["total"]
+    assert isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) and isinstance(total, torch.Tensor)
+    torch.testing.assert_close(total, y, rtol=1e-5, atol=1e-6)
+    assert float((x - y).abs().max()) <= float(x.abs().max()) / 7 + 1e-6
+
+
+def test_the_method_in_one_file_runs() -> None:
+    from toys import client_module, data_module, run
+
+    from dynfed_lightning import Federation
+
+    block = next(b for b in BLOCKS if "class MyMethod" in b)
+    names: dict[str, type] = {}
+    exec(compile(block, "README.md", "exec"), names)
+    federation = Federation(client_module(), names["MyMethod"](), local="loop")
+    run(federation, data_module(3), rounds=1)
+    assert federation.last_round is not None and federation.last_round.metrics["largest"] == 80
+
+
+def test_tables_are_those_of_the_committed_results() -> None:
+    pytest.importorskip("matplotlib")
+    assert _collect().fill_readme(TEXT) == TEXT
+
+
+def test_pictures_files_and_links_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
+        assert (ROOT / target).exists(), target
+    for name in re.findall(r"`((?:algorithms/)?\w+\.py)`", TEXT):
+        assert (ROOT / "dynfed_lightning" / name).is_file(), name
+    for name in re.findall(r"benchmarks/configs/[\w-]+\.yaml", TEXT):
+        assert (ROOT / name).is_file(), name
