@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -129,7 +130,8 @@ class TrainerLocal(LocalExecutor):
         callbacks: see `LocalExecutor`.
         threads: see `LocalExecutor`.
         validate: run the module's ``validation_step`` on the client's validation rows, where it has any.
-        trainer_kwargs: any other argument of ``L.Trainer`` (``precision``, ``gradient_clip_val``, ``plugins``, ``logger``...).
+        trainer_kwargs: any other argument of ``L.Trainer`` (``precision``, ``gradient_clip_val``, ``plugins``, ``logger``...);
+            ``default_root_dir`` gets a folder ``client<id>`` for every client.
     """
 
     _ours = frozenset(
@@ -162,12 +164,19 @@ class TrainerLocal(LocalExecutor):
         loader = data.train_loader(seed)
         val_loader = data.val_loader() if self.validate and is_overridden("validation_step", module) else None
         module.to(self.device or torch.device("cpu"))
+        kwargs: dict[str, Any] = {
+            # A user's ModelCheckpoint among the callbacks is the wish to have checkpoints.
+            "enable_checkpointing": any(isinstance(c, L.pytorch.callbacks.Checkpoint) for c in callbacks),
+            **self.trainer_kwargs,
+        }
+        if "default_root_dir" in kwargs:
+            kwargs["default_root_dir"] = str(Path(kwargs["default_root_dir"]) / f"client{data.id}")
         trainer = quiet_trainer(
             module,
             max_epochs=-1 if self.max_steps > 0 else self.max_epochs,
             max_steps=self.max_steps,
             callbacks=callbacks,
-            **self.trainer_kwargs,
+            **kwargs,
         )
         quiet_fit(trainer, module, loader, val_loader)
         return {k: float(v) for k, v in trainer.callback_metrics.items() if v.numel() == 1}

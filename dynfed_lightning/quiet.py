@@ -32,6 +32,7 @@ _HARMLESS = (
     r".*does not have many workers.*",
     r".*You passed in a `val_dataloader` but have no `validation_step`.*",
     r".*You defined a `validation_step` but have no `val_dataloader`.*",
+    r".*Checkpoint directory .* exists and is not empty.*",
     r".*Found .* module\(s\) in eval mode at the start of training.*",
     r"Total length of .* across ranks is zero.*",  # quiet_fit raises
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from toys import DictModule, NormNet, client_module, data_module, network
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from toys import DictModule, NormNet, client_module, data_module, network, run
 
-from dynfed_lightning import ClientFailure, ClientModule, Exponential, LoopLocal, TrainerLocal
+from dynfed_lightning import ClientFailure, ClientModule, Exponential, FedAvg, Federation, LoopLocal, TrainerLocal
 from dynfed_lightning.local import as_executor
 
 
@@ -216,3 +219,40 @@ def test_bad_callbacks_names_and_trainer_arguments() -> None:
     with pytest.raises(ValueError, match="but got 'warp'"):
         as_executor("warp")
     assert isinstance(as_executor("loop"), LoopLocal) and isinstance(as_executor("trainer"), TrainerLocal)
+
+
+def test_checkpoints_early_stopping_and_loggers_on_clients(tmp_path: Path) -> None:
+    class Validated(ClientModule):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.log("train_loss", loss)
+            return loss
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+    local = TrainerLocal(
+        max_epochs=50,
+        callbacks=[
+            EarlyStopping("val_loss", min_delta=100.0, patience=2),
+            ModelCheckpoint(monitor="val_loss"),
+        ],
+        trainer_kwargs={
+            "default_root_dir": tmp_path / "clients",
+            "logger": CSVLogger(tmp_path / "logs"),
+            "log_every_n_steps": 1,
+        },
+    )
+    federation = Federation(Validated(network(), lr=0.1), FedAvg(), local=local)
+    trainer = run(federation, data_module(3, val_fraction=0.2), rounds=2)
+    assert trainer.callback_metrics["failed"] == 0
+    assert list(tmp_path.glob("logs/**/metrics.csv"))
+    result = local.fit(Validated(network(), lr=0.1), _client(val_fraction=0.2))
+    assert result.steps == 3 * 3  # stopped after the first epoch and `patience` more, three batches each
+
+
+def test_client_checkpoints_are_kept_apart(tmp_path: Path) -> None:
+    local = TrainerLocal(callbacks=ModelCheckpoint(), trainer_kwargs={"default_root_dir": tmp_path})
+    run(Federation(client_module(), FedAvg(), local=local), data_module(3), rounds=1)
+    found = {p.relative_to(tmp_path).parts[0] for p in tmp_path.glob("**/*.ckpt")}
+    assert found == {"client0", "client1", "client2"}
