@@ -6,6 +6,7 @@ through ``encode`` and ``decode``, so each side works with what it decoded and n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor
 
 from dynfed_lightning.codec import Codec, Decoded
+from dynfed_lightning.errors import ClientFailure
 from dynfed_lightning.schema import Schema
+from dynfed_lightning.seeds import derive_seed
 from dynfed_lightning.stages import Quantize
 from dynfed_lightning.tensors import Tensors, added, load_weights, travelling, weights_of
 
@@ -45,7 +48,8 @@ class Received:
     """What a client decoded at the start of its round.
 
     Args:
-        tensors: what `Algorithm.broadcast` sent, as decoded (lossy where the downlink is).
+        tensors: what `Algorithm.broadcast` sent, as decoded (lossy where the downlink is); other clients of this process may
+            hold the same tensors, so never edit them in place.
         scalars: what `Algorithm.instruct` sent to this client.
         round: the round, from 0.
         num_rounds: the total planned, None if open-ended.
@@ -192,8 +196,6 @@ class Server:
 
     def rng(self, stream: int = 0) -> torch.Generator:
         """A generator that depends on (seed, round, stream) alone."""
-        from dynfed_lightning.seeds import derive_seed
-
         return torch.Generator().manual_seed(derive_seed(self.seed, "server", self.round, stream))
 
 
@@ -207,6 +209,7 @@ class Algorithm:
     Attributes:
         uplink: see above.
         downlink: see above.
+        reply_scalars: the scalars a reply must bring, finite numbers; one without is left out of the round.
         requires_public: the method cannot run without a public set.
         personalised: clients are judged by their own models (`personal_model`), not by the global one.
         pooled: train on all clients' rows in one place (the centralised end of the scale).
@@ -215,6 +218,7 @@ class Algorithm:
 
     uplink: Codec
     downlink: Codec
+    reply_scalars: tuple[str, ...] = ()
     requires_public: bool = False
     personalised: bool = False
     pooled: bool = False
@@ -269,12 +273,38 @@ class Algorithm:
         """Make one step of the global model of the replies (sorted by client id): call ``server.apply`` once."""
         raise TypeError(f"{self.name} does not say what the server does: override `server_step`.")
 
+    def check_reply(self, server: Server, reply: Reply) -> None:
+        """Refuse what a faulty or lying client says before `server_step` believes it; nothing of the reply is kept yet.
+
+        Raises:
+            ClientFailure: ``malformed``; the client is left out of the round and counted.
+        """
+        known = server.num_examples(reply.client_id)
+        if reply.num_examples != known:
+            raise ClientFailure(
+                "malformed",
+                f"Expected client {reply.client_id} to have {known} examples, as when it joined, but it says {reply.num_examples}.",
+            )
+        for name in self.reply_scalars:
+            if finite_number(reply.scalars.get(name)) is None:
+                raise ClientFailure(
+                    "malformed",
+                    f"Expected the scalar `{name}` to be a finite number, but got {reply.scalars.get(name)!r}.",
+                )
+
     def personal_model(
         self, client_state: Mapping[str, Any], module: L.LightningModule, global_weights: Tensors
     ) -> L.LightningModule:
         """The model that this client is judged by; default: the global one. `module` is a fresh copy to load into."""
         load_weights(module, global_weights)
         return module
+
+
+def finite_number(value: object) -> float | None:
+    """`value` as a float, None if it is no finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
 
 
 def _codec(name: str, value: Codec | int | None) -> Codec:

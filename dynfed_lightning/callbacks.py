@@ -30,23 +30,28 @@ class GradientNorm(L.Callback):
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None
-        self._steps = 0
+        self._count: Tensor | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._sum, self._steps = None, 0
+        self._sum = self._count = None
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         grads = [p.grad for _, p in _own_parameters(pl_module, optimizer) if p.grad is not None]
         if not grads:
             return
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))).detach()
+        # A step that fp16's scaler is going to skip has an infinite norm and does not count.
+        finite = torch.isfinite(norm)
+        norm, one = torch.where(finite, norm, 0), finite.to(norm.dtype)
         # Kept on the device: reading it every step would stall a GPU.
         self._sum = norm if self._sum is None else self._sum + norm
-        self._steps += 1
+        self._count = one if self._count is None else self._count + one
 
     @property
     def value(self) -> float:
-        return 0.0 if self._sum is None else float(self._sum) / self._steps
+        if self._sum is None or self._count is None:
+            return 0.0
+        return float(self._sum) / max(float(self._count), 1.0)
 
 
 class ProximalTerm(L.Callback):
@@ -100,49 +105,68 @@ class GradientShift(L.Callback):
 
 
 class ScaleLearningRate(L.Callback):
-    """Multiplies every learning rate of the module's own optimisers, and the base rates of its schedulers, once at the start.
+    """Every step of the module's own optimisers is taken at `factor` times their learning rate.
 
-    So a schedule over rounds composes with whatever the user's ``configure_optimizers`` does inside a round.
+    The rate is scaled while ``step`` runs and put back after it, so a schedule over rounds composes with whatever scheduler
+    the user's ``configure_optimizers`` brings: none of them ever sees it.
     """
 
     def __init__(self, factor: float) -> None:
-        if not factor > 0:
-            raise ValueError(f"Expected `factor` to be a positive number, but got {factor}.")
+        if not factor >= 0:
+            raise ValueError(f"Expected `factor` to be a number >= 0, but got {factor}.")
         self.factor = factor
+        self._handles: list[Any] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for optimizer in trainer.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] *= self.factor
-                if "initial_lr" in group:
-                    group["initial_lr"] *= self.factor
-        for config in trainer.lr_scheduler_configs:
-            scheduler = config.scheduler
-            if hasattr(scheduler, "base_lrs"):
-                scheduler.base_lrs = [lr * self.factor for lr in scheduler.base_lrs]
+            rates: list[Any] = []
+
+            def before(optimizer: Optimizer, args: Any, kwargs: Any, rates: list[Any] = rates) -> None:
+                rates[:] = [group["lr"] for group in optimizer.param_groups]
+                for group in optimizer.param_groups:
+                    group["lr"] = group["lr"] * self.factor
+
+            def after(optimizer: Optimizer, args: Any, kwargs: Any, rates: list[Any] = rates) -> None:
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate
+
+            self._handles += [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
 
 class TrainingLoss(L.Callback):
-    """Mean training loss over the steps of a fit, without a device sync per step."""
+    """Mean training loss over the batches of a fit, and how many optimiser steps it took; no device sync per step."""
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None
+        self._losses = 0
+        self.batches = 0
         self.steps = 0
         self.learning_rate = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._sum, self.steps = None, 0
-        self.learning_rate = trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else 0.0
+        self._sum, self._losses, self.batches, self.steps = None, 0, 0, 0
+        self.learning_rate = float(trainer.optimizers[0].param_groups[0]["lr"]) if trainer.optimizers else 0.0
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        self.steps += 1
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.steps += 1
-        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
+        self.batches += 1
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if loss is not None:
-            loss = loss.detach().float()
+            # Lightning has divided it by the number of batches it accumulates gradients over.
+            loss = loss.detach().float() * getattr(trainer, "accumulate_grad_batches", 1)
             self._sum = loss if self._sum is None else self._sum + loss
+            self._losses += 1
 
     @property
-    def value(self) -> float:
-        return float("nan") if self._sum is None else float(self._sum) / max(self.steps, 1)
+    def value(self) -> float | None:
+        """The mean; None if no step returned a loss (manual optimisation may not)."""
+        return None if self._sum is None else float(self._sum) / self._losses

@@ -15,7 +15,7 @@ from dynfed_lightning.errors import ClientFailure, NonFiniteError
 from dynfed_lightning.message import Message
 from dynfed_lightning.schema import Schema
 from dynfed_lightning.seeds import derive_seed
-from dynfed_lightning.store import MemoryStore
+from dynfed_lightning.store import MemoryStore, State
 from dynfed_lightning.tensors import travelling
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class ClientRuntime:
         self.uplink_schema = algorithm.uplink_schema(weights)
         self.downlink_schema = algorithm.downlink_schema(weights)
         self._receiver = DownlinkReceiver(algorithm.downlink)
+        self._staged: dict[int, State] = {}  # what clients will remember if the server accepts their reply
 
     def run(self, request: bytes) -> bytes:
         """One client's round.
@@ -107,5 +108,14 @@ class ClientRuntime:
         ).to_bytes()
         if not state["uplink"]:
             del state["uplink"]
-        self.store.write(message.client_id, state)
+        self._staged[message.client_id] = state
         return reply
+
+    def settle(self, client_id: int, accepted: bool) -> None:
+        """Keep what the client made of its round, or forget it: both sides must remember the same rounds.
+
+        Residuals, control variates and references of a reply that never arrived would otherwise drift from the server's.
+        """
+        state = self._staged.pop(client_id, None)
+        if accepted and state is not None:
+            self.store.write(client_id, state)

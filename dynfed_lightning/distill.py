@@ -137,7 +137,9 @@ class ServerDistiller(L.LightningModule):
 
 @dataclass
 class Distillation:
-    """The recipe of one round's distillation; the defaults are DynFed's with `Competence` teachers.
+    """The recipe of one round's distillation; the defaults go with `Competence` teachers.
+
+    `DynFed` itself runs ``Distillation.named("balanced")`` unless told otherwise.
 
     Args:
         policy: a name (see ``teachers.POLICIES``) or a `TeacherPolicy`.
@@ -285,7 +287,10 @@ class Distillation:
         gamma = 1.0 if y is None else 0.5 if self.gamma is None else self.gamma
         data = [t.to(device_of(module)) for t in (x, soft, y) if t is not None]
         distiller = ServerDistiller(module, gamma, self.lr, self.loss, self.schedule, forward)
+        flags = [(m, m.training) for m in module.modules()]
         before = _mean_loss(distiller, data)
+        for m, training in flags:  # the student trains as it came: what its owner keeps in eval mode stays there
+            m.training = training
         callbacks = list(self.trainer_kwargs.get("callbacks") or [])
         shown, val, best = data, None, None
         if self.early_stop_patience is not None:
@@ -296,7 +301,6 @@ class Distillation:
             best = _KeepBest(self.early_stop_patience)
             callbacks.append(best)
         trainer = quiet_trainer(module, **{"max_epochs": self.epochs, **self.trainer_kwargs, "callbacks": callbacks})
-        module.train()
         num_steps = quiet_fit(trainer, distiller, Batches(shown, self.batch_size, seed), val)
         if best is not None and best.weights is not None:
             load_weights(module, best.weights)

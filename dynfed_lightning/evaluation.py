@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -24,7 +24,7 @@ def check_outputs(module: L.LightningModule, data: L.LightningDataModule, num_cl
     Raises:
         ValueError: the output has not `num_classes` columns.
     """
-    if num_classes is None:
+    if not num_classes:
         return
     loader = data.val_dataloader()
     inputs, _ = split_batch(next(iter(loader)))
@@ -84,20 +84,26 @@ class Evaluator:
             values["accuracy_std"] = float(accuracy.std(unbiased=False))
         return values
 
-    @staticmethod
-    def run_user_step(outer: L.LightningModule, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Run the user's ``validation_step``; what it logs goes to the outer module, since a child may not log itself."""
-        if isinstance(module, ClientModule) or not is_overridden("validation_step", module, L.LightningModule):
-            return
 
-        def log(name: str, value: Any, *_: Any, **kwargs: Any) -> None:
-            outer.log(name, value, on_step=False, on_epoch=True, prog_bar=bool(kwargs.get("prog_bar", False)))
+_LOG_ARGUMENTS = ("prog_bar", "logger", "reduce_fx", "batch_size", "add_dataloader_idx", "metric_attribute")
 
-        saved: Callable[..., Any] | None = module.__dict__.get("log")
-        object.__setattr__(module, "log", log)
-        try:
-            module.validation_step(batch, batch_idx)
-        finally:
-            object.__delattr__(module, "log")
-            if saved is not None:
-                object.__setattr__(module, "log", saved)
+
+def has_own_validation(module: L.LightningModule) -> bool:
+    """Whether `module` brings a ``validation_step`` of its own."""
+    return is_overridden(
+        "validation_step", module, ClientModule if isinstance(module, ClientModule) else L.LightningModule
+    )
+
+
+def run_user_hook(outer: L.LightningModule, module: L.LightningModule, hook: str, *args: Any) -> None:
+    """Run a hook of the user's module; what it logs goes to the outer module, since a child may not log itself."""
+
+    def log(name: str, value: Any, *_: Any, **kwargs: Any) -> None:
+        kept = {k: v for k, v in kwargs.items() if k in _LOG_ARGUMENTS}
+        outer.log(name, value, on_step=False, on_epoch=True, **kept)
+
+    object.__setattr__(module, "log", log)
+    try:
+        getattr(module, hook)(*args)
+    finally:
+        object.__delattr__(module, "log")

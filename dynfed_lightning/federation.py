@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import lightning as L
@@ -20,58 +19,29 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynfed_lightning.algorithm import Algorithm, Reply, Server
+from dynfed_lightning.algorithm import Algorithm, Reply, Server, finite_number
 from dynfed_lightning.algorithms.fedavg import FedAvg
 from dynfed_lightning.client import ClientRuntime
 from dynfed_lightning.data import FederatedDataModule
 from dynfed_lightning.downlink import DownlinkSender
-from dynfed_lightning.errors import ClientFailure, PayloadError, RoundFailure
-from dynfed_lightning.evaluation import Evaluator, check_outputs
+from dynfed_lightning.errors import ClientFailure, PayloadError
+from dynfed_lightning.evaluation import Evaluator, check_outputs, has_own_validation, run_user_hook
 from dynfed_lightning.local import LocalExecutor, as_executor
 from dynfed_lightning.message import Message
-from dynfed_lightning.schema import Schema
+from dynfed_lightning.records import (
+    ClientRecord,
+    RoundRecord,
+    mean_bits,
+    mean_loss,
+    planned_rounds,
+    round_failure,
+)
 from dynfed_lightning.seeds import derive_seed
 from dynfed_lightning.store import MemoryStore
 from dynfed_lightning.tensors import travelling
 from dynfed_lightning.transport import InProcessTransport, Outcome, Transport
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class ClientRecord:
-    """What happened to one client in one round (a row of ``clients.csv``)."""
-
-    client: int
-    status: str
-    bytes_down: int
-    bytes_up: int = 0
-    bits: float | None = None
-    num_examples: int = 0
-    loss: float | None = None
-    grad_norm: float | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass
-class RoundRecord:
-    """What happened in one round (a row of ``rounds.csv``); `metrics` holds the method's own columns."""
-
-    round: int
-    clients: list[ClientRecord]
-    seconds: float
-    train_loss: float
-    bytes_up: int
-    bytes_down: int
-    total_bytes_up: int
-    total_bytes_down: int
-    failures: dict[str, int]
-    metrics: dict[str, float]
-
-    @property
-    def bits(self) -> list[float]:
-        """Bits per weight of every reply that was quantised."""
-        return [c.bits for c in self.clients if c.bits is not None]
 
 
 class Federation(L.LightningModule):
@@ -85,7 +55,8 @@ class Federation(L.LightningModule):
             default ``SGD(lr=1)``, i.e. plain averaging. ``Adam`` gives FedAdam.
         seed: everything random follows from it, the round and the client's id.
         min_clients: with fewer replies than this a round raises `RoundFailure`.
-        num_classes: C; default: the data module's.
+        num_classes: C; default: the data module's. 0 for a task that is no classification: then only what the module's own
+            ``validation_step`` logs is reported.
 
     Logs every round ``accuracy`` and ``test_loss`` of the global model on the whole test set (of the clients' own models
     for a personalised method), ``train_loss``, ``mb_up`` and ``mb_down`` (10^6 bytes, cumulative), ``bits``, ``clients``,
@@ -120,6 +91,8 @@ class Federation(L.LightningModule):
             raise ValueError(f"Expected `min_clients` to be a positive integer, but got {min_clients!r}.")
         if not travelling(module)[0]:
             raise ValueError("Expected `module` to have trainable parameters, but it has none.")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"Expected `seed` to be an integer, but got {seed!r}.")
         self.automatic_optimization = False
         self.module = module
         # A copy that no Trainer is ever attached to: Lightning attaches itself to child LightningModules, and copying
@@ -137,34 +110,38 @@ class Federation(L.LightningModule):
         self.last_round: RoundRecord | None = None
         self.total_bytes_up = 0
         self.total_bytes_down = 0
+        self._loaded: dict[str, Any] | None = None
 
     # ------------------------------------------------------------------ set-up
 
     def setup(self, stage: str) -> None:
         """Wire server, clients and transport to the data module; every mismatch is found here, before training."""
-        data = getattr(self.trainer, "datamodule", None)
-        if not isinstance(data, FederatedDataModule):
-            raise TypeError(
-                f"Expected `datamodule` to be a FederatedDataModule, but got {type(data).__name__}: "
-                "`trainer.fit(federation, datamodule=FederatedDataModule(...))`."
-            )
-        if self.algorithm.pooled:
-            data = data.pooled()  # a view: the user's data module stays as it is
-        if self.num_classes is None:
-            self.num_classes = data.num_classes
-        check_outputs(self._template[0], data, self.num_classes)
-        self.executor.device = self.trainer.strategy.root_device
+        data = self._check_trainer()
+        # A fit that starts at round 1 starts anew; a longer second fit, or a test in between, goes on with what there is.
+        fresh = self.server is None or (stage == "fit" and self.trainer.current_epoch == 0)
+        if fresh:
+            self.store = MemoryStore()
+            self.last_round = None
+            self.total_bytes_up = self.total_bytes_down = 0
+            self._sender = DownlinkSender(self.algorithm.downlink)
+            self._reasons: set[str] = set()
+        state = {} if fresh or self.server is None else self.server.state
+        classes = data.num_classes if self.num_classes is None else self.num_classes
+        check_outputs(self._template[0], data, classes)
+        device = self.trainer.strategy.root_device
+        self.executor.device = device
         self.executor.check(self._template[0])
         self.server = Server(
             self.module,
-            new_module=lambda: copy.deepcopy(self._template[0]),
+            new_module=lambda: copy.deepcopy(self._template[0]).to(device),
             num_clients=data.num_clients,
             num_examples=lambda k: data.client(k).num_examples,
             resources=data.resources,
-            num_classes=self.num_classes,
+            num_classes=classes,
             public=data.public_set,
             seed=self.seed,
         )
+        self.server.state = state
         self.algorithm.setup(self.server, self.executor)
         self.runtime = ClientRuntime(
             self._template[0],
@@ -175,9 +152,41 @@ class Federation(L.LightningModule):
             store=self.store,
             seed=self.seed,
         )
-        self.transport = InProcessTransport(self.runtime.run)
-        self._sender = DownlinkSender(self.algorithm.downlink)
-        self._evaluator = Evaluator(self.num_classes)
+        self.transport = InProcessTransport(self.runtime.run, self.runtime.settle)
+        self._evaluator = Evaluator(classes)
+        self._split = data.split_hash
+        if self._loaded is not None:
+            loaded, self._loaded = self._loaded, None
+            self._restore(loaded)
+
+    def _check_trainer(self) -> FederatedDataModule:
+        """The data module, after refusing what a federation's outer Trainer cannot be."""
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, FederatedDataModule):
+            raise TypeError(
+                f"Expected `datamodule` to be a FederatedDataModule, but got {type(data).__name__}: "
+                "`trainer.fit(federation, datamodule=FederatedDataModule(...))`."
+            )
+        if self.trainer.world_size > 1:
+            raise ValueError(
+                f"Expected one process in the outer Trainer, but got {self.trainer.world_size}: pass `devices=1`."
+            )
+        if self.trainer.precision != "32-true":
+            raise ValueError(
+                f"Expected `precision` of the outer Trainer to be 32, but got {self.trainer.precision!r}: it is the clients', "
+                "`local=TrainerLocal(trainer_kwargs={'precision': ...})`."
+            )
+        if self.algorithm.pooled:
+            data = data.pooled()  # a view: the user's data module stays as it is
+        if self.min_clients > data.num_clients:
+            raise ValueError(
+                f"Expected `min_clients` to be at most the {data.num_clients} clients there are, but got {self.min_clients}."
+            )
+        return data
+
+    def on_train_start(self) -> None:
+        """Clients copy the template: give it what a checkpoint restored of the global module, frozen weights included."""
+        self._template[0].load_state_dict(self.module.state_dict())
 
     def configure_optimizers(self) -> Optimizer:
         """The server's optimiser over the global parameters."""
@@ -196,7 +205,7 @@ class Federation(L.LightningModule):
         """One round over the cohort `batch` (client ids)."""
         start = time.perf_counter()
         server, transport = self._ready()
-        server.round, server.num_rounds = self.current_epoch, _planned(self.trainer.max_epochs)
+        server.round, server.num_rounds = self.current_epoch, planned_rounds(self.trainer)
         server.cohort = [0] if self.algorithm.pooled else sorted(int(k) for k in batch)
         server.metrics, server.client_metrics = {}, {}
         optimizer = self.optimizers()
@@ -206,8 +215,13 @@ class Federation(L.LightningModule):
         requests = self._requests(server)
         outcomes = transport.exchange(requests)
         records, replies = self._receive(server, requests, outcomes)
-        if len(replies) < self.min_clients:
-            raise _round_failure(server.round, len(requests), self.min_clients, records, outcomes)
+        enough = len(replies) >= self.min_clients
+        for record in records:
+            accepted = enough and record.status == "ok"
+            transport.settle(record.client, accepted)
+            self._sender.confirm(record.client, received=accepted)
+        if not enough:
+            raise round_failure(server.round, len(requests), self.min_clients, records, outcomes)
         self.algorithm.server_step(server, replies)
         optimizer.step()  # exactly one a round: Lightning counts it as the global step
         optimizer.zero_grad()
@@ -253,10 +267,9 @@ class Federation(L.LightningModule):
                 else:
                     replies.append(reply)
                     record.num_examples = reply.num_examples
-                    record.loss = reply.scalars.get("loss")
-                    record.grad_norm = reply.scalars.get("grad_norm")
-                    record.bits = _mean_bits(reply, self.runtime.uplink_schema)
-            self._sender.confirm(outcome.client_id, received=record.status == "ok")
+                    record.loss = finite_number(reply.scalars.get("loss"))
+                    record.grad_norm = finite_number(reply.scalars.get("grad_norm"))
+                    record.bits = mean_bits(reply, self.runtime.uplink_schema)
             if record.status != "ok":
                 log.warning(
                     "Round %d: client %d left out (%s): %s",
@@ -278,7 +291,7 @@ class Federation(L.LightningModule):
         if len(message.parts) != 1 or message.num_examples < 1:
             raise ClientFailure("malformed", "Expected a reply with one payload and a positive number of examples.")
         decoded = self.algorithm.uplink.decode_full(message.parts[0], self.runtime.uplink_schema)
-        return Reply(
+        reply = Reply(
             client_id=client_id,
             tensors=decoded.tensors,
             scalars=message.scalars,
@@ -287,16 +300,18 @@ class Federation(L.LightningModule):
             num_bytes=len(data),
             decoded=decoded,
         )
+        self.algorithm.check_reply(server, reply)
+        return reply
 
     def _record(self, server: Server, records: list[ClientRecord], seconds: float) -> None:
         up, down = sum(r.bytes_up for r in records), sum(r.bytes_down for r in records)
         self.total_bytes_up += up
         self.total_bytes_down += down
         failures = Counter(r.status for r in records if r.status != "ok")
+        self._reasons |= failures.keys()  # a reason once seen is 0, not absent, in later rounds
         for r in records:
             r.metrics = server.client_metrics.get(r.client, {})
-        losses = [(r.loss, r.num_examples) for r in records if r.status == "ok" and r.loss is not None]
-        train_loss = sum(loss * n for loss, n in losses) / sum(n for _, n in losses) if losses else math.nan
+        train_loss = mean_loss(records)
         self.last_round = RoundRecord(
             round=server.round + 1,
             clients=records,
@@ -315,7 +330,7 @@ class Federation(L.LightningModule):
             "mb_down": self.total_bytes_down / 1e6,
             "clients": float(len(records) - sum(failures.values())),
             "failed": float(sum(failures.values())),
-            **{f"failed/{reason}": float(n) for reason, n in failures.items()},
+            **{f"failed/{reason}": float(failures[reason]) for reason in sorted(self._reasons)},
             **server.metrics,
         }
         if self.last_round.bits:
@@ -328,6 +343,26 @@ class Federation(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Take the models to be judged: the global one, or every client's own for a personalised method."""
+        self._start_evaluation()
+        if self._user_validates():
+            run_user_hook(self, self.module, "on_validation_epoch_start")
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Count right answers; the user's own validation hooks run too, and what they log is logged here."""
+        self._evaluator.update(batch)
+        if self._user_validates():
+            run_user_hook(self, self.module, "validation_step", batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``accuracy`` and ``test_loss``."""
+        if self._user_validates():
+            run_user_hook(self, self.module, "on_validation_epoch_end")
+        self._end_evaluation()
+
+    def _user_validates(self) -> bool:
+        return not self.algorithm.personalised and has_own_validation(self.module)
+
+    def _start_evaluation(self) -> None:
         server, _ = self._ready()
         models: list[L.LightningModule] | None = None
         if self.algorithm.personalised:
@@ -338,14 +373,7 @@ class Federation(L.LightningModule):
             ]
         self._evaluator.start(self.module if models is None else models)
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Count right answers; the user's own ``validation_step`` runs too, and what it logs is logged here."""
-        self._evaluator.update(batch)
-        if not self.algorithm.personalised:
-            self._evaluator.run_user_step(self, self.module, batch, batch_idx)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log ``accuracy`` and ``test_loss``."""
+    def _end_evaluation(self) -> None:
         for name, value in self._evaluator.compute().items():
             self.log(name, value, prog_bar=name == "accuracy")
 
@@ -353,8 +381,8 @@ class Federation(L.LightningModule):
         """As `validation_step`, without the user's."""
         self._evaluator.update(batch)
 
-    on_test_epoch_start = on_validation_epoch_start
-    on_test_epoch_end = on_validation_epoch_end
+    on_test_epoch_start = _start_evaluation
+    on_test_epoch_end = _end_evaluation
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The global model's forward."""
@@ -368,6 +396,8 @@ class Federation(L.LightningModule):
         checkpoint["federation"] = {
             "algorithm": self.algorithm.name,
             "seed": self.seed,
+            "split": self._split,
+            "schema": self.runtime.uplink_schema.hash,
             "server": server.state,
             "clients": self.store.state_dict(),
             "downlink": self._sender.state_dict(),
@@ -385,10 +415,22 @@ class Federation(L.LightningModule):
         saved = checkpoint.get("federation")
         if saved is None:
             raise ValueError("Expected a checkpoint of a Federation, but it has no `federation` entry.")
-        for name, mine in (("algorithm", self.algorithm.name), ("seed", self.seed)):
-            if saved[name] != mine:
-                raise ValueError(f"Expected a checkpoint with {name} {mine!r}, but it was made with {saved[name]!r}.")
+        if self.server is None:
+            self._loaded = saved  # `load_from_checkpoint`: there is no data yet; `setup` goes on
+        else:
+            self._restore(saved)
+
+    def _restore(self, saved: dict[str, Any]) -> None:
         server, _ = self._ready()
+        mine = {
+            "algorithm": self.algorithm.name,
+            "seed": self.seed,
+            "split": self._split,
+            "schema": self.runtime.uplink_schema.hash,
+        }
+        for name, value in mine.items():
+            if saved[name] != value:
+                raise ValueError(f"Expected a checkpoint with {name} {value!r}, but it was made with {saved[name]!r}.")
         server.state = saved["server"]
         self.store.load_state_dict(saved["clients"])
         self._sender.load_state_dict(saved["downlink"])
@@ -401,26 +443,3 @@ class Federation(L.LightningModule):
         if self.server is None or self.transport is None:
             raise RuntimeError("The federation is not set up: call `trainer.fit(federation, datamodule=...)`.")
         return self.server, self.transport
-
-
-def _mean_bits(reply: Reply, schema: Schema) -> float | None:
-    """Bits per value over the tensors that were quantised; None if none was."""
-    sizes = {spec.name: math.prod(spec.shape) for spec in schema}
-    bits = [(b, sizes[n]) for n, b in reply.decoded.bits.items() if b is not None]
-    return sum(b * n for b, n in bits) / sum(n for _, n in bits) if bits else None
-
-
-def _planned(max_epochs: int | None) -> int | None:
-    return max_epochs if max_epochs is not None and max_epochs > 0 else None
-
-
-def _round_failure(
-    round: int, asked: int, needed: int, records: Sequence[ClientRecord], outcomes: Sequence[Outcome]
-) -> RoundFailure:
-    reasons = Counter(r.status for r in records if r.status != "ok")
-    why = ", ".join(f"{reason}: {n}" for reason, n in sorted(reasons.items()))
-    error = RoundFailure(
-        f"Round {round + 1}: {asked - sum(reasons.values())} of {asked} clients replied, {needed} needed ({why})."
-    )
-    error.__cause__ = next((o.error for o in outcomes if o.error is not None), None)
-    return error

@@ -10,8 +10,8 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -20,11 +20,12 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
+from torchmetrics import Metric
 
 from dynfed_lightning.callbacks import ScaleLearningRate, TrainingLoss
 from dynfed_lightning.errors import ClientFailure
 from dynfed_lightning.quiet import fixed_threads, isolated_rng, quiet_fit, quiet_trainer
-from dynfed_lightning.schedules import Schedule, as_schedule
+from dynfed_lightning.schedules import Exponential, Schedule, as_schedule
 
 if TYPE_CHECKING:
     from dynfed_lightning.data import ClientData
@@ -35,16 +36,20 @@ class FitResult:
     """What a local fit tells the algorithm.
 
     Args:
-        loss: mean training loss over the steps.
+        loss: mean training loss over the batches; None if the module returns none (manual optimisation).
         steps: optimiser steps taken.
         learning_rate: rate of the first parameter group when training started.
         metrics: what the user's module logged with ``self.log`` (last value each); stays on the client.
     """
 
-    loss: float
+    loss: float | None
     steps: int
     learning_rate: float
     metrics: dict[str, float]
+
+    def scalars(self) -> dict[str, float]:
+        """What every method uploads of it: the loss, if there is one."""
+        return {} if self.loss is None else {"loss": self.loss}
 
 
 class LocalExecutor:
@@ -53,8 +58,8 @@ class LocalExecutor:
     Args:
         max_epochs: passes over the client's data a round; ignored if `max_steps` is given.
         max_steps: optimiser steps a round, over as many passes as they take (-1: by epochs).
-        lr_decay: a schedule over rounds (or a constant) that multiplies the module's own learning rates,
-            e.g. ``Exponential(1.0, 0.99)`` for ``lr * 0.99^t``.
+        lr_decay: a schedule over rounds that multiplies the module's own learning rates, e.g. ``Linear(1.0, 0.1)``; a number f
+            means ``lr * f^t`` in round t.
         callbacks: the user's Lightning callbacks; every client gets fresh copies.
         threads: CPU threads a client trains on. Fixed, since float sums differ with the number of threads.
     """
@@ -76,6 +81,10 @@ class LocalExecutor:
             raise ValueError(f"Expected `threads` to be a positive integer, but got {threads!r}.")
         self.max_epochs = max_epochs
         self.max_steps = max_steps
+        if isinstance(lr_decay, (int, float)) and not isinstance(lr_decay, bool):
+            if not lr_decay > 0:
+                raise ValueError(f"Expected `lr_decay` to be a positive number or a schedule, but got {lr_decay!r}.")
+            lr_decay = Exponential(1.0, float(lr_decay))
         self.lr_decay = as_schedule(lr_decay)
         self.callbacks = [callbacks] if isinstance(callbacks, L.Callback) else list(callbacks)
         for callback in self.callbacks:
@@ -108,11 +117,12 @@ class LocalExecutor:
         scale = [ScaleLearningRate(factor)] if factor != 1.0 else []
         with fixed_threads(self.threads), isolated_rng(seed):
             metrics = self._run(module, data, [*scale, tracker, *callbacks, *mine], seed)
-        if tracker.steps == 0:
-            raise ClientFailure("no_data", f"Client {data.id} took no training step on its {data.num_examples} rows.")
-        if not math.isfinite(tracker.value):
+        module.to("cpu")  # from here on it is arithmetic on what travels
+        if tracker.batches == 0:
+            raise ClientFailure("no_data", f"Client {data.id} trained on none of its {data.num_examples} rows.")
+        if tracker.value is not None and not math.isfinite(tracker.value):
             raise ClientFailure("nan_loss", f"The training loss of client {data.id} became {tracker.value}.")
-        return FitResult(tracker.value, tracker.steps, tracker.learning_rate, metrics)
+        return FitResult(tracker.value, tracker.steps, tracker.learning_rate * factor, metrics)
 
     def _run(
         self, module: L.LightningModule, data: ClientData, callbacks: list[L.Callback], seed: int
@@ -169,6 +179,10 @@ class TrainerLocal(LocalExecutor):
             "enable_checkpointing": any(isinstance(c, L.pytorch.callbacks.Checkpoint) for c in callbacks),
             **self.trainer_kwargs,
         }
+        if "plugins" in kwargs:
+            kwargs["plugins"] = copy.deepcopy(
+                kwargs["plugins"]
+            )  # a gradient scaler's state must not go from client to client
         if "default_root_dir" in kwargs:
             kwargs["default_root_dir"] = str(Path(kwargs["default_root_dir"]) / f"client{data.id}")
         trainer = quiet_trainer(
@@ -301,23 +315,23 @@ class LoopLocal(LocalExecutor):
     def _run(
         self, module: L.LightningModule, data: ClientData, callbacks: list[L.Callback], seed: int
     ) -> dict[str, float]:
-        logged: dict[str, float | Tensor] = {}
+        logged: dict[str, Any] = {}
         device = self.device or torch.device("cpu")
         module.to(device)
         # `self.log` needs a Trainer; here it only remembers the last value.
         object.__setattr__(module, "log", lambda name, value, *_, **__: logged.__setitem__(name, value))
         try:
             self._loop(module, data.train_loader(seed), callbacks, device)
+            values = {k: v.compute() if isinstance(v, Metric) else v for k, v in logged.items()}
         finally:
             object.__delattr__(module, "log")
-        module.to("cpu")
-        values = {k: v.detach() if isinstance(v, Tensor) else v for k, v in logged.items()}
+            object.__setattr__(module, "_trainer", None)
+        values = {k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items()}
         return {k: float(v) for k, v in values.items() if not isinstance(v, Tensor) or v.numel() == 1}
 
     def _loop(self, module: L.LightningModule, loader: Any, callbacks: list[L.Callback], device: torch.device) -> None:
         optimizer, schedulers = self._optimizers(module)
-        # What our callbacks and simple user ones read of a Trainer; anything else fails by name.
-        trainer: Any = SimpleNamespace(
+        trainer: Any = _LoopTrainer(
             optimizers=[optimizer],
             lr_scheduler_configs=schedulers,
             current_epoch=0,
@@ -325,14 +339,39 @@ class LoopLocal(LocalExecutor):
             max_epochs=self.max_epochs,
             max_steps=self.max_steps,
             should_stop=False,
+            accumulate_grad_batches=1,
+            training=True,
+            sanity_checking=False,
         )
+        object.__setattr__(
+            module, "_trainer", trainer
+        )  # so that the module's own current_epoch and global_step are right
 
         def call(hook: str, *args: Any) -> None:
             for callback in callbacks:
                 getattr(callback, hook)(trainer, module, *args)
             getattr(module, hook)(*args)
 
-        module.train()
+        def step(batch: Any, index: int) -> Any:
+            """Lightning's order: the closure trains, the optimiser steps around it."""
+            outputs: list[Any] = []
+
+            def closure() -> Any:
+                output = module.training_step(batch, index)
+                outputs[:] = [output]
+                loss = output.get("loss") if isinstance(output, Mapping) else output
+                optimizer.zero_grad()
+                if loss is not None:
+                    call("on_before_backward", loss)
+                    loss.backward()
+                    call("on_after_backward")
+                call("on_before_optimizer_step", optimizer)
+                return loss
+
+            optimizer.step(closure)
+            trainer.global_step += 1
+            return outputs[0]
+
         with torch.enable_grad():
             call("on_train_start")
             while not trainer.should_stop:
@@ -341,25 +380,14 @@ class LoopLocal(LocalExecutor):
                     if device.type != "cpu":
                         batch = move_data_to_device(batch, device)
                     call("on_train_batch_start", batch, index)
-                    output = module.training_step(batch, index)
-                    loss = output["loss"] if isinstance(output, Mapping) else output
-                    optimizer.zero_grad()
-                    if loss is not None:
-                        call("on_before_backward", loss)
-                        loss.backward()
-                        call("on_after_backward")
-                        call("on_before_optimizer_step", optimizer)
-                        optimizer.step()
-                        trainer.global_step += 1
-                    call("on_train_batch_end", output, batch, index)
+                    output = step(batch, index)
                     for s in schedulers:
                         if s.interval == "step" and trainer.global_step % s.frequency == 0:
                             s.scheduler.step()
+                    call("on_train_batch_end", output, batch, index)
                     if trainer.global_step == self.max_steps or trainer.should_stop:
                         trainer.should_stop = True
                         break
-                else:
-                    index = -1
                 for s in schedulers:
                     if s.interval == "epoch" and (trainer.current_epoch + 1) % s.frequency == 0:
                         s.scheduler.step()
@@ -368,6 +396,13 @@ class LoopLocal(LocalExecutor):
                 if (self.max_steps < 0 and trainer.current_epoch >= self.max_epochs) or trainer.global_step == 0:
                     break
             call("on_train_end")
+
+
+class _LoopTrainer(SimpleNamespace):
+    """What modules and callbacks may read of a Trainer in the bare loop; anything else fails by name."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"local='loop' has no `trainer.{name}`: use local='trainer'.")
 
 
 def as_executor(local: str | LocalExecutor) -> LocalExecutor:

@@ -114,7 +114,9 @@ def _is_count(value: object) -> bool:
 
 
 def _is_scalar(value: object) -> bool:
-    return isinstance(value, (int, str, bool)) or (isinstance(value, float) and math.isfinite(value))
+    if isinstance(value, int):
+        return abs(value) < 2**63
+    return isinstance(value, str) or (isinstance(value, float) and math.isfinite(value))
 
 
 _CHECKS = {

@@ -15,7 +15,8 @@ import lightning as L
 import safetensors.torch
 import torch
 
-from dynfed_lightning.federation import Federation, RoundRecord
+from dynfed_lightning.federation import Federation
+from dynfed_lightning.records import RoundRecord
 
 
 def _federation(module: L.LightningModule) -> Federation:
@@ -144,7 +145,8 @@ class RunRecorder(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The summary and the final model."""
         federation = _federation(pl_module)
-        weights = {n: t.detach().cpu().contiguous() for n, t in federation.module.state_dict().items()}
+        state = federation.module.state_dict()  # may hold more than tensors: a module's extra state
+        weights = {n: t.detach().cpu().contiguous() for n, t in state.items() if isinstance(t, torch.Tensor)}
         write_atomically(self.out / "model.safetensors", safetensors.torch.save(_unshared(weights)))
         accuracies = [float(r["accuracy"]) for r in self._rounds.rows if r.get("accuracy")]
         data: Any = trainer.datamodule  # type: ignore[attr-defined]

@@ -30,18 +30,28 @@ def travelling(module: nn.Module) -> tuple[dict[str, Tensor], frozenset[str]]:
     return live, frozenset(buffers)
 
 
-def weights_of(module: nn.Module) -> Tensors:
-    """Detached copies of everything of `module` that travels (see `travelling`)."""
-    live, _ = travelling(module)
+def weights_of(module: nn.Module, names: Iterable[str] | None = None) -> Tensors:
+    """Detached copies of everything of `module` that travels (see `travelling`), or of the parameters and buffers `names`.
+
+    Names matter after a fit: a callback may have frozen or thawed layers, and what travels was agreed before.
+    """
+    if names is None:
+        live, _ = travelling(module)
+    else:
+        every = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        live = {n: every[n] for n in names}
     return {n: t.detach().clone() for n, t in live.items()}
 
 
 @torch.no_grad()
-def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
     """Copy `weights` into `module`'s travelling tensors.
 
     Names in `weights` that the module does not have are ignored (an algorithm may broadcast more than weights);
     a travelling tensor missing from `weights` is an error.
+
+    Returns:
+        the names of what travels, for `weights_of` after a fit.
 
     Raises:
         KeyError: a travelling tensor of the module is missing from `weights`.
@@ -52,6 +62,7 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
         raise KeyError(f"Expected `weights` to hold {len(live)} tensors, but {missing[:3]} are missing.")
     for n, t in live.items():
         t.copy_(weights[n])
+    return list(live)
 
 
 def difference(after: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> Tensors:

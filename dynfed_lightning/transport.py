@@ -42,16 +42,26 @@ class Transport(Protocol):
         """
         ...
 
+    def settle(self, client_id: int, accepted: bool) -> None:
+        """Tell a client whether its reply became part of the round; only then does what it remembers change."""
+        ...
+
 
 class InProcessTransport:
     """Clients that live in this process, one after the other.
 
     Args:
         run_client: runs one client's round, bytes in, bytes out.
+        settle: see `Transport.settle`.
     """
 
-    def __init__(self, run_client: Callable[[bytes], bytes]) -> None:
+    def __init__(
+        self,
+        run_client: Callable[[bytes], bytes],
+        settle: Callable[[int, bool], None] = lambda client_id, accepted: None,
+    ) -> None:
         self.run_client = run_client
+        self._settle = settle
 
     def exchange(self, requests: Sequence[tuple[int, bytes]]) -> list[Outcome]:
         """See `Transport.exchange`."""
@@ -67,3 +77,7 @@ class InProcessTransport:
                 log.warning("Client %d crashed: %s: %s", client_id, type(error).__name__, error)
                 outcomes.append(Outcome(client_id, reason="crash", error=error))
         return outcomes
+
+    def settle(self, client_id: int, accepted: bool) -> None:
+        """See `Transport.settle`."""
+        self._settle(client_id, accepted)

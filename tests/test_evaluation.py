@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dynfed_lightning import ClientModule
 from dynfed_lightning.batches import logits_of, split_batch
-from dynfed_lightning.evaluation import Evaluator
+from dynfed_lightning.evaluation import Evaluator, has_own_validation, run_user_hook
 
 
 def test_split_batch() -> None:
@@ -90,5 +91,6 @@ def test_user_step_may_not_keep_our_log() -> None:
             self.log_dict({"a": 1.0, "b": 2.0})
 
     module = User()
-    Evaluator.run_user_step(Outer(), module, None, 0)
+    assert has_own_validation(module) and not has_own_validation(ClientModule(nn.Linear(1, 1)))
+    run_user_hook(Outer(), module, "validation_step", None, 0)
     assert logged == {"mine": 3.0, "a": 1.0, "b": 2.0} and "log" not in module.__dict__

@@ -68,6 +68,8 @@ class DAdaQuant(FedAvg):
         downlink: see `FedAvg`.
     """
 
+    reply_scalars = ("loss",)
+
     def __init__(
         self,
         *,

@@ -38,6 +38,7 @@ from dynfed_lightning.bits import InstructedBits
 from dynfed_lightning.callbacks import GradientNorm
 from dynfed_lightning.codec import Codec
 from dynfed_lightning.distill import Distillation
+from dynfed_lightning.errors import ClientFailure
 from dynfed_lightning.local import LocalExecutor
 from dynfed_lightning.resources import Resources
 from dynfed_lightning.stages import Quantize
@@ -122,14 +123,21 @@ class DynFed(FedAvg):
         bucket: int = 512,
         downlink: Codec | int | None = None,
     ) -> None:
+        if not (
+            bits is None or isinstance(bits, (tuple, list)) or (isinstance(bits, int) and not isinstance(bits, bool))
+        ):
+            raise TypeError(f"Expected `bits` to be (b_min, B_max), an integer or None, but got {bits!r}.")
+        if not (distillation is None or isinstance(distillation, (str, Distillation))):
+            raise TypeError(
+                f"Expected `distillation` to be a Distillation, a policy's name or None, but got {type(distillation).__name__}."
+            )
         self.adaptive = isinstance(bits, (tuple, list))
         if self.adaptive:
             self.low, self.high = _check_range(bits)
             quantize = Quantize(InstructedBits(), bucket=bucket)
         else:
-            assert bits is None or isinstance(bits, int)
-            quantize = Quantize(bits, bucket=bucket)
-            self.low = self.high = bits or 8
+            quantize = Quantize(bits, bucket=bucket)  # type: ignore[arg-type]
+            self.low = self.high = bits or 8  # type: ignore[assignment]
         super().__init__(uplink=Codec() if bits is None else Codec(quantize), downlink=downlink)
         if signal not in _SIGNALS:
             raise ValueError(f"Expected `signal` to be one of {_SIGNALS}, but got {signal!r}.")
@@ -147,6 +155,8 @@ class DynFed(FedAvg):
         self.bucket = bucket
         self.distillation = Distillation.named(distillation) if isinstance(distillation, str) else distillation
         self.requires_public = self.distillation is not None
+
+    reply_scalars = ("loss", "grad_norm")
 
     def setup(self, server: Server, executor: LocalExecutor) -> None:
         """Start every client's bits at its cap."""
@@ -187,11 +197,11 @@ class DynFed(FedAvg):
     def client_step(self, client: Client, module: L.LightningModule, received: Received) -> Update:
         """Train; upload the update (quantised by the codec), G_k and the loss, and once the label counts."""
         norm = GradientNorm()
-        load_weights(module, received.tensors)
+        names = load_weights(module, received.tensors)
         result = client.fit(module, callbacks=[norm])
         update = Update(
-            difference(weights_of(module), received.tensors),
-            scalars={"loss": result.loss, "grad_norm": norm.value},
+            difference(weights_of(module, names), received.tensors),
+            scalars={**result.scalars(), "grad_norm": norm.value},
         )
         if received.scalars.get("labels"):
             update.counters["labels"] = client.data.label_counts().tolist()
@@ -215,6 +225,22 @@ class DynFed(FedAvg):
         losses.update({str(r.client_id): r.scalars["loss"] for r in replies})
 
     # ------------------------------------------------------------------ server
+
+    def check_reply(self, server: Server, reply: Reply) -> None:
+        """Label counts must be there when they were asked for, and add up to the client's rows."""
+        super().check_reply(server, reply)
+        labels = reply.counters.get("labels")
+        if labels is None:
+            if self._needs("label_counts") and str(reply.client_id) not in server.state["labels"]:
+                raise ClientFailure(
+                    "malformed", f"Expected client {reply.client_id} to send its label counts, but got none."
+                )
+        elif len(labels) != server.num_classes or sum(labels) != reply.num_examples:
+            raise ClientFailure(
+                "malformed",
+                f"Expected {server.num_classes} label counts that sum to {reply.num_examples}, but client {reply.client_id} "
+                f"sent {len(labels)} that sum to {sum(labels)}.",
+            )
 
     def server_step(self, server: Server, replies: Sequence[Reply]) -> None:
         """Average; distil from the clients' models into the average; adapt the bits."""

@@ -29,10 +29,10 @@ class Local(Algorithm):
 
     def client_step(self, client: Client, module: L.LightningModule, received: Received) -> Update:
         """Go on training one's own model."""
-        load_weights(module, client.state.get("weights", received.tensors))
+        names = load_weights(module, client.state.get("weights", received.tensors))
         result = client.fit(module)
-        client.state["weights"] = weights_of(module)
-        return Update({}, scalars={"loss": result.loss})
+        client.state["weights"] = weights_of(module, names)
+        return Update({}, scalars=result.scalars())
 
     def server_step(self, server: Server, replies: Sequence[Reply]) -> None:
         """The global model stays where it started: every client's first round starts from it."""

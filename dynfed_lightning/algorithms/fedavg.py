@@ -35,9 +35,9 @@ class FedAvg(Algorithm):
 
     def client_step(self, client: Client, module: L.LightningModule, received: Received) -> Update:
         """Train from the received weights; upload the difference and the mean loss."""
-        load_weights(module, received.tensors)
+        names = load_weights(module, received.tensors)
         result = client.fit(module, callbacks=self.client_callbacks(client, received))
-        return Update(difference(weights_of(module), received.tensors), scalars={"loss": result.loss})
+        return Update(difference(weights_of(module, names), received.tensors), scalars=result.scalars())
 
     def server_step(self, server: Server, replies: Sequence[Reply]) -> None:
         """``w_t+1 = w_t + sum_k (n_k / n) (w_k - w_t)``, through the server's optimiser."""

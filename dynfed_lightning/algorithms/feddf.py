@@ -31,6 +31,7 @@ class FedDF(FedAvg):
     """
 
     requires_public = True
+    reply_scalars = ("loss",)
 
     def __init__(
         self,
@@ -41,6 +42,10 @@ class FedDF(FedAvg):
     ) -> None:
         super().__init__(uplink=uplink, downlink=downlink)
         self.distillation = distillation if distillation is not None else Distillation.feddf()
+        if not isinstance(self.distillation, Distillation):
+            raise TypeError(
+                f"Expected `distillation` to be a Distillation or None, but got {type(distillation).__name__}."
+            )
         if "label_counts" in self.distillation.needs:
             raise ValueError(
                 "Expected a teacher policy without label counts, since FedDF's clients upload none: use DynFed."

@@ -58,6 +58,12 @@ class Scaffold(FedAvg):
                 "Expected clients that train with plain SGD (one learning rate, no momentum, weight decay or scheduler) "
                 f"under SCAFFOLD, but `configure_optimizers` gives {type(found).__name__}."
             )
+        clipped = getattr(executor, "trainer_kwargs", {}).get("gradient_clip_val")
+        if clipped is not None:
+            raise ValueError(
+                "Expected no gradient clipping under SCAFFOLD, whose option II reads the gradient off the weights, but "
+                f"got `gradient_clip_val` = {clipped}."
+            )
         server.state.setdefault("control", _zeros(server.schema()))
 
     def uplink_schema(self, weights: Schema) -> Schema:
@@ -74,13 +80,13 @@ class Scaffold(FedAvg):
         """Local steps along ``g - c_i + c``; then ``c_i+ = c_i - c + (x - y_i) / (K eta_l)`` (option II)."""
         control = {n.removeprefix(_PREFIX): t for n, t in received.tensors.items() if n.startswith(_PREFIX)}
         own: Tensors = client.state.get("control") or {n: torch.zeros_like(t) for n, t in control.items()}
-        load_weights(module, received.tensors)
+        names = load_weights(module, received.tensors)
         result = client.fit(module, callbacks=[GradientShift(difference(control, own))])
-        update = difference(weights_of(module), received.tensors)
+        update = difference(weights_of(module, names), received.tensors)
         scale = 1.0 / (result.steps * result.learning_rate)
         own_next = {n: own[n] - control[n] - scale * update[n] for n in control}
         client.state["control"] = own_next
-        return Update({**update, **_prefixed(difference(own_next, own))}, scalars={"loss": result.loss})
+        return Update({**update, **_prefixed(difference(own_next, own))}, scalars=result.scalars())
 
     def server_step(self, server: Server, replies: Sequence[Reply]) -> None:
         """``x += mean dy``; ``c += |S|/N mean dc``."""
