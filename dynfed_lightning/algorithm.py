@@ -283,7 +283,7 @@ class Algorithm:
         if reply.num_examples != known:
             raise ClientFailure(
                 "malformed",
-                f"Expected client {reply.client_id} to have {known} examples, as when it joined, but it says {reply.num_examples}.",
+                f"Expected client {reply.client_id} to have {known} examples as when it joined, but got {reply.num_examples}.",
             )
         for name in self.reply_scalars:
             if finite_number(reply.scalars.get(name)) is None:

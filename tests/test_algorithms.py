@@ -241,7 +241,9 @@ def _wide() -> ClientModule:
     return ClientModule(network(hidden=2000), lr=0.05)
 
 
-@pytest.mark.parametrize("policy", ["competence", "active", "mean", "variance", "entropy", "random", "top_loss"])
+@pytest.mark.parametrize(
+    "policy", ["balanced", "competence", "active", "mean", "variance", "entropy", "random", "top_loss"]
+)
 def test_every_teacher_policy_runs_end_to_end(policy: str) -> None:
     distillation = Distillation(policy=policy, passes=2, epochs=2)
     federation = Federation(client_module(), DynFed(distillation=distillation), local="loop")

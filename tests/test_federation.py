@@ -44,6 +44,7 @@ from dynfed_lightning import (
     Scaffold,
     TrainerLocal,
 )
+from dynfed_lightning.errors import PayloadError
 from dynfed_lightning.message import Message
 
 
@@ -151,8 +152,24 @@ def test_dict_batches_user_module_both_executors() -> None:
         lambda: DynFed(bits=(2, 6), distillation=None, downlink=Codec(Quantize(6))),
         lambda: DynFed(bits=(2, 8), distillation="random"),
         lambda: FedAvg(uplink=Codec(ErrorFeedback(Quantize(2)))),
+        lambda: DynFed(signal="loss_delta"),
+        lambda: DynFed(signal="random", distillation=None),
+        lambda: DAdaQuant(patience=1),
+        lambda: FedDF(),
+        lambda: Local(),
     ],
-    ids=["fedavg", "scaffold", "dynfed-downlink", "dynfed-distil", "error-feedback"],
+    ids=[
+        "fedavg",
+        "scaffold",
+        "downlink",
+        "distil",
+        "error-feedback",
+        "loss-delta",
+        "random-bits",
+        "dadaquant",
+        "feddf",
+        "local",
+    ],
 )
 def test_resume_is_bit_identical(tmp_path: Path, make: Any) -> None:
     def fresh() -> tuple[Federation, FederatedDataModule]:
@@ -162,8 +179,8 @@ def test_resume_is_bit_identical(tmp_path: Path, make: Any) -> None:
     straight, data = fresh()
     run(straight, data, rounds=5)
     first, data = fresh()
-    trainer = run(first, data, rounds=3)
-    trainer.save_checkpoint(tmp_path / "round3.ckpt")
+    keep = ModelCheckpoint(tmp_path, filename="round3", every_n_epochs=1, save_top_k=1, enable_version_counter=False)
+    run(first, data, rounds=3, callbacks=[keep], enable_checkpointing=True)
     assert torch.load(tmp_path / "round3.ckpt", weights_only=True)["federation"]["seed"] == 7
     resumed, data = fresh()
     run(resumed, data, rounds=5, ckpt_path=tmp_path / "round3.ckpt")
@@ -248,7 +265,6 @@ def test_failing_client_is_left_out_and_counted(
     assert trainer.callback_metrics["clients"] == 2
     assert "client 0 left out" in caplog.text
     assert all(bool(torch.isfinite(t).all()) for t in weights(federation).values())
-    # Exactly what the other two alone give.
     record = federation.last_round
     assert record is not None and [c.status for c in record.clients] == [reason, "ok", "ok"]
 
@@ -288,6 +304,76 @@ def test_damaged_reply_is_left_out(damage: Any, reason: str) -> None:
 
     trainer = run(federation, rounds=2, callbacks=[Damage()])
     assert trainer.callback_metrics[f"failed/{reason}"] == 1 and trainer.callback_metrics["clients"] == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scalars": {"grad_norm": 1.0}},
+        {"scalars": {"loss": 1.0}},
+        {"scalars": {"loss": "low", "grad_norm": 1.0}},
+        {"scalars": {"loss": True, "grad_norm": 1.0}},
+        {"counters": {}},
+        {"counters": {"labels": [1, 2]}},
+        {"counters": {"labels": [2**62, 2**62, 2**62]}},
+        {"num_examples": 2**62},
+    ],
+    ids=str,
+)
+def test_replies_that_lie_are_left_out(change: dict[str, Any]) -> None:
+    """In the first round; afterwards the client behaves, and what it lied about was not kept."""
+    federation = Federation(client_module(), DynFed(), local="loop")
+    failed: list[dict[str, int]] = []
+
+    class Lie(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            honest = federation.transport.run_client  # type: ignore[union-attr]
+
+            def run_client(request: bytes) -> bytes:
+                reply, message = honest(request), Message.from_bytes(request)
+                return _edited(reply, **change) if message.client_id == 1 and message.round == 0 else reply
+
+            federation.transport.run_client = run_client  # type: ignore[union-attr]
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            failed.append(federation.last_round.failures)  # type: ignore[union-attr]
+
+    data = data_module(4, public=30)
+    trainer = run(federation, data, rounds=2, callbacks=[Lie()])
+    assert failed == [{"malformed": 1}, {}] and trainer.callback_metrics["failed/malformed"] == 0
+    assert federation.server.state["labels"]["1"] == data.client(1).label_counts().tolist()  # type: ignore[union-attr]
+
+
+def test_huge_integers_are_no_scalars() -> None:
+    with pytest.raises(PayloadError):
+        Message.from_bytes(Message(0, 0, scalars={"loss": 10**400}).to_bytes())
+
+
+def test_a_lost_reply_changes_nothing_on_the_client() -> None:
+    """SCAFFOLD's c is the mean of the c_k only if both sides remember the same rounds."""
+    federation = Federation(client_module(), Scaffold(), local="loop")
+
+    class Lose(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            honest = federation.transport.run_client  # type: ignore[union-attr]
+
+            def run_client(request: bytes) -> bytes:
+                reply, message = honest(request), Message.from_bytes(request)
+                return reply[:-1] if message.client_id == 1 and message.round in (1, 2) else reply
+
+            federation.transport.run_client = run_client  # type: ignore[union-attr]
+
+    run(federation, rounds=4, callbacks=[Lose()])
+    own = [federation.store.read(k)["control"]["model.0.weight"] for k in range(4)]
+    control = federation.server.state["control"]["model.0.weight"]  # type: ignore[union-attr]
+    torch.testing.assert_close(control, torch.stack(own).mean(0), rtol=0, atol=1e-6)
+
+
+def test_a_round_that_fails_is_forgotten_by_its_clients() -> None:
+    federation = Federation(_Faulty("crash"), Scaffold(), local="loop", min_clients=3)
+    with pytest.raises(RoundFailure):
+        run(federation, data_module(partitioner=_ByClass(CLASSES), batch_size=80))
+    assert len(federation.store) == 0
 
 
 def _edited(data: bytes, **changes: Any) -> bytes:
