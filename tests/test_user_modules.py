@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,7 @@ def test_a_decay_to_nothing_ends_in_a_round_that_changes_nothing(executor: type,
 
     trainer = run(federation, rounds=3, callbacks=[Keep()])
     assert trainer.callback_metrics["failed"] == 0
-    moved = [float((b["model.0.weight"] - a["model.0.weight"]).norm()) for a, b in zip(seen, seen[1:], strict=False)]
+    moved = [float((b["model.0.weight"] - a["model.0.weight"]).norm()) for a, b in itertools.pairwise(seen)]
     assert moved[0] > 0 and moved[1] == 0
 
 
