@@ -163,6 +163,7 @@ def test_dict_batches_user_module_both_executors() -> None:
     ],
     ids=["avg", "scaffold", "downlink", "distil", "feedback", "loss-delta", "random", "dadaquant", "feddf", "local"],
 )
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_resume_is_bit_identical(tmp_path: Path, make: Any) -> None:
     def fresh() -> tuple[Federation, FederatedDataModule]:
         data = data_module(6, skewed(6), clients_per_round=3, public=30, seed=3)
@@ -175,7 +176,9 @@ def test_resume_is_bit_identical(tmp_path: Path, make: Any) -> None:
     run(first, data, rounds=3, callbacks=[keep], enable_checkpointing=True)
     assert torch.load(tmp_path / "kept" / "round3.ckpt", weights_only=True)["federation"]["seed"] == 7
     resumed, data = fresh()
-    run(resumed, data, rounds=5, ckpt_path=tmp_path / "kept" / "round3.ckpt")
+    again = ModelCheckpoint(tmp_path / "kept", filename="round5", enable_version_counter=False)
+    path = tmp_path / "kept" / "round3.ckpt"
+    run(resumed, data, rounds=5, ckpt_path=path, callbacks=[again], enable_checkpointing=True)
     assert_same(weights(resumed), weights(straight))
     assert resumed.total_bytes_up == straight.total_bytes_up
     assert resumed.total_bytes_down == straight.total_bytes_down
