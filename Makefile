@@ -22,8 +22,8 @@ setup: $(STAMP)  ## the environment, with everything and the package itself in i
 
 # torch comes first and alone: the build of the extension needs it, and the constraint keeps pip at the tested version.
 $(STAMP): pyproject.toml constraints.txt $(wildcard setup.py) $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit("Expected Python 3.11 or newer, but got %d.%d; pass PYTHON=..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -c 'import sys; sys.exit("Expected Python 3.11 or newer, but got %d.%d; pass PYTHON=..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	$(PIP) install -q -c constraints.txt torch setuptools wheel ninja
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[data,cli,report,test,dev]"
 	@touch $@

@@ -48,7 +48,8 @@ def kernels() -> dict[str, Any]:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except (ImportError, OSError) as error:
         return without_kernels(f"torch does not import ({error})")
-    compiler = os.environ.get("CXX", "c++").split()[-1]
+    words = os.environ.get("CXX", "c++").split()
+    compiler = next((w for w in words if os.path.basename(w) != "ccache"), "c++")
     if shutil.which(compiler) is None:
         return without_kernels(f"no C++ compiler named {compiler!r} (set CXX)")
 

@@ -15,17 +15,19 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from dynfed_lightning.codec import Codec, Decoded
+from dynfed_lightning.codec import Codec, Decoded, as_codec
 from dynfed_lightning.errors import ClientFailure
 from dynfed_lightning.schema import Schema
 from dynfed_lightning.seeds import derive_seed
-from dynfed_lightning.stages import Quantize
+from dynfed_lightning.stages import Quantize, Stage
 from dynfed_lightning.tensors import Tensors, added, load_weights, travelling, weights_of
 
 if TYPE_CHECKING:
     from dynfed_lightning.data import ClientData, PublicSet
     from dynfed_lightning.local import FitResult, LocalExecutor
     from dynfed_lightning.resources import Resources
+
+CodecLike = Codec | Stage | list[Stage] | int | None
 
 
 @dataclass
@@ -203,7 +205,8 @@ class Algorithm:
     """A federated method: four hooks around the round. `FedAvg` supplies every default.
 
     Args:
-        uplink: codec of what clients send, or bits for ``Codec(Quantize(bits))``; default float32.
+        uplink: codec of what clients send, or a stage, a list of stages, or bits for ``Codec(Quantize(bits))``; default
+            float32.
         downlink: of what the server sends, likewise. A lossy one sends differences to what each client holds.
 
     Attributes:
@@ -224,7 +227,7 @@ class Algorithm:
     pooled: bool = False
     communicates: bool = True
 
-    def __init__(self, *, uplink: Codec | int | None = None, downlink: Codec | int | None = None) -> None:
+    def __init__(self, *, uplink: CodecLike = None, downlink: CodecLike = None) -> None:
         self.uplink = _codec("uplink", uplink)
         self.downlink = _codec("downlink", downlink)
 
@@ -307,15 +310,17 @@ def finite_number(value: object) -> float | None:
     return float(value)
 
 
-def _codec(name: str, value: Codec | int | None) -> Codec:
-    """A codec, bits to quantise to, or None for float32."""
-    if value is None:
-        return Codec()
-    if isinstance(value, Codec):
-        return value
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"Expected `{name}` to be a Codec, bits or None, but got {type(value).__name__}.")
-    return Codec(Quantize(value))
+def _codec(name: str, value: CodecLike) -> Codec:
+    """A codec, a stage, a chain of stages, bits to quantise to, or None for float32."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return Codec(Quantize(value))
+    if isinstance(value, (list, tuple)) and all(isinstance(v, Stage) for v in value):
+        return Codec(*value)
+    if value is None or isinstance(value, (Codec, Stage)):
+        return as_codec(value)
+    raise TypeError(
+        f"Expected `{name}` to be a Codec, a stage, a list of stages, bits or None, but got {type(value).__name__}."
+    )
 
 
 def total_examples(replies: Iterable[Reply]) -> list[float]:

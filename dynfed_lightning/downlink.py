@@ -49,17 +49,21 @@ class DownlinkSender:
         self._dense: bytes | None = None
         self._schema: Schema | None = None
 
-    def prepare(self, tensors: Tensors, schema: Schema, round: int, seed: int) -> Tensors:
+    def prepare(
+        self, tensors: Tensors, schema: Schema, round: int, seed: int, num_rounds: int | None = None
+    ) -> Tensors:
         """Encode this round's broadcast; returns what every client of the round will hold."""
         self._schema = schema
         if self.codec.lossless:
-            self._dense = self.codec.encode(tensors, CodecContext(seed=seed, round=round), schema)
+            self._dense = self.codec.encode(
+                tensors, CodecContext(seed=seed, round=round, num_rounds=num_rounds), schema
+            )
             self._round = round
             return self.codec.decode(self._dense, schema)
         if self._reference is None or self._round != round - 1:
             self._reference, self._differences = {n: t.detach().cpu().clone() for n, t in tensors.items()}, {}
         else:
-            ctx = CodecContext(seed=seed, round=round)
+            ctx = CodecContext(seed=seed, round=round, num_rounds=num_rounds)
             payload = self.codec.encode(difference(_on_cpu(tensors), self._reference), ctx, schema)
             self._differences[round] = payload
             self._differences.pop(round - self.history, None)

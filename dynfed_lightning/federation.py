@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from dynfed_lightning.algorithm import Algorithm, Reply, Server, finite_number
 from dynfed_lightning.algorithms.fedavg import FedAvg
 from dynfed_lightning.client import ClientRuntime
+from dynfed_lightning.codec import CodecContext
 from dynfed_lightning.data import FederatedDataModule
 from dynfed_lightning.downlink import DownlinkSender
 from dynfed_lightning.errors import ClientFailure, PayloadError
@@ -152,6 +153,10 @@ class Federation(L.LightningModule):
             store=self.store,
             seed=self.seed,
         )
+        # Once with nothing in it, so that a codec that cannot work downwards is found before the second round.
+        empty = {s.name: torch.zeros(s.shape, dtype=s.dtype) for s in self.runtime.downlink_schema}
+        ctx = CodecContext(num_rounds=planned_rounds(self.trainer))
+        self.algorithm.downlink.encode(empty, ctx, self.runtime.downlink_schema)
         self.transport = InProcessTransport(self.runtime.run, self.runtime.settle)
         self._evaluator = Evaluator(classes)
         self._split = data.split_hash
@@ -230,7 +235,9 @@ class Federation(L.LightningModule):
     def _requests(self, server: Server) -> list[tuple[int, bytes]]:
         broadcast = self.algorithm.broadcast(server)
         seed = derive_seed(self.seed, "downlink", server.round)
-        server.received = self._sender.prepare(broadcast, self.runtime.downlink_schema, server.round, seed)
+        server.received = self._sender.prepare(
+            broadcast, self.runtime.downlink_schema, server.round, seed, server.num_rounds
+        )
         requests = []
         for client_id in server.cohort:
             download = self._sender.download(client_id)

@@ -10,7 +10,7 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +63,11 @@ class Message:
             header["b"] = 0
         if self.kind != "full":
             header["m"] = self.kind
+        for key, value in header.items():  # what the other side would refuse is this side's mistake
+            if not _CHECKS[key](value):
+                raise MalformedPayloadError(
+                    f"Expected a message the receiver accepts, but its {key!r} is {str(value)[:60]}."
+                )
         text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
         return b"".join([_PREFIX.pack(_MAGIC, len(text), zlib.crc32(text)), text, *self.parts])
 
@@ -119,7 +124,7 @@ def _is_scalar(value: object) -> bool:
     return isinstance(value, str) or (isinstance(value, float) and math.isfinite(value))
 
 
-_CHECKS = {
+_CHECKS: dict[str, Callable[[Any], bool]] = {
     "r": _is_count,
     "c": _is_count,
     "n": _is_count,

@@ -25,14 +25,17 @@ from dynfed_lightning import (
     FedPAQ,
     FedProx,
     GivenResources,
+    Linear,
     Local,
     LoopLocal,
     Quantize,
     Resources,
     Scaffold,
+    TopK,
 )
 from dynfed_lightning.algorithms.dadaquant import client_levels, levels_to_bits
 from dynfed_lightning.algorithms.dynfed import adjusted_bits, resource_cap
+from dynfed_lightning.bits import InstructedBits
 
 
 def _trained(algorithm: Any, rounds: int = 3, module: Any = None, **data: Any) -> Federation:
@@ -376,3 +379,24 @@ def test_centralised_has_all_rows_and_leaves_the_data_module_alone() -> None:
 def test_bad_arguments_are_found_in_the_constructor(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_codecs_are_given_in_any_form() -> None:
+    for given in (Codec(Quantize(4)), Quantize(4), [Quantize(4)], 4):
+        assert_same(weights(_trained(FedAvg(uplink=given), rounds=1)), weights(_trained(FedPAQ(4), rounds=1)))
+    with pytest.raises(TypeError, match="Expected `uplink` to be a Codec, a stage, .* but got str"):
+        FedAvg(uplink="int4")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="Expected `bits` to be an integer from 1 to 8, but got 9"):
+        FedAvg(downlink=9)
+
+
+def test_downlink_codecs_that_follow_a_schedule() -> None:
+    federation = _trained(FedAvg(downlink=[TopK(Linear(0.9, 0.5)), Quantize(8)]), rounds=3)
+    assert federation.last_round is not None and federation.last_round.failures == {}
+
+
+def test_a_downlink_that_cannot_work_is_found_before_training() -> None:
+    federation = Federation(client_module(), FedAvg(downlink=Quantize(InstructedBits())), local="loop")
+    with pytest.raises(ValueError, match="Expected the server to instruct `bits`"):
+        run(federation)
+    assert federation.last_round is None

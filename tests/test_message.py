@@ -115,3 +115,13 @@ def test_random_json(value: Any) -> None:
     except PayloadError:
         return
     assert isinstance(value, dict) and {"r", "c", "p"} <= value.keys()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"num_examples": -1}, {"scalars": {"x": None}}, {"counters": {"n": [-1]}}, {"counters": {"n": [0.5]}}],
+    ids=str,
+)
+def test_what_the_receiver_would_refuse_is_not_sent(wrong: dict[str, Any]) -> None:
+    with pytest.raises(PayloadError, match="Expected a message the receiver accepts"):
+        Message(0, 0, **wrong).to_bytes()

@@ -24,7 +24,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dynfed_lightning.algorithm import Reply, Server
+from dynfed_lightning.algorithm import CodecLike, Reply, Server
 from dynfed_lightning.algorithms.fedavg import FedAvg
 from dynfed_lightning.bits import InstructedBits
 from dynfed_lightning.codec import Codec
@@ -79,7 +79,7 @@ class DAdaQuant(FedAvg):
         smoothing: float = 0.9,
         per_client: bool = True,
         bucket: int = 512,
-        downlink: Codec | int | None = None,
+        downlink: CodecLike = None,
     ) -> None:
         super().__init__(uplink=Codec(Quantize(InstructedBits(), bucket=bucket)), downlink=downlink)
         if patience is not None and patience < 1:

@@ -31,7 +31,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from dynfed_lightning.algorithm import Client, Received, Reply, Server, Update
+from dynfed_lightning.algorithm import Client, CodecLike, Received, Reply, Server, Update
 from dynfed_lightning.algorithms._distil import average_and_distil
 from dynfed_lightning.algorithms.fedavg import FedAvg
 from dynfed_lightning.bits import InstructedBits
@@ -121,7 +121,7 @@ class DynFed(FedAvg):
         deadline: float | None = None,
         distillation: Distillation | str | None = "balanced",
         bucket: int = 512,
-        downlink: Codec | int | None = None,
+        downlink: CodecLike = None,
     ) -> None:
         if not (
             bits is None or isinstance(bits, (tuple, list)) or (isinstance(bits, int) and not isinstance(bits, bool))

@@ -13,10 +13,9 @@ from collections.abc import Sequence
 
 import torch
 
-from dynfed_lightning.algorithm import Reply, Server
+from dynfed_lightning.algorithm import CodecLike, Reply, Server
 from dynfed_lightning.algorithms._distil import average_and_distil
 from dynfed_lightning.algorithms.fedavg import FedAvg
-from dynfed_lightning.codec import Codec
 from dynfed_lightning.distill import Distillation
 from dynfed_lightning.teachers import TeacherContext
 
@@ -37,8 +36,8 @@ class FedDF(FedAvg):
         self,
         distillation: Distillation | None = None,
         *,
-        uplink: Codec | int | None = None,
-        downlink: Codec | int | None = None,
+        uplink: CodecLike = None,
+        downlink: CodecLike = None,
     ) -> None:
         super().__init__(uplink=uplink, downlink=downlink)
         self.distillation = distillation if distillation is not None else Distillation.feddf()

@@ -9,6 +9,7 @@ The scale is the largest magnitude of a bucket instead of the whole vector's L2 
 
 from __future__ import annotations
 
+from dynfed_lightning.algorithm import CodecLike
 from dynfed_lightning.algorithms.fedavg import FedAvg
 from dynfed_lightning.codec import Codec
 from dynfed_lightning.stages import Quantize
@@ -23,7 +24,7 @@ class FedPAQ(FedAvg):
         downlink: see `FedAvg`.
     """
 
-    def __init__(self, bits: int = 4, *, bucket: int = 512, downlink: Codec | int | None = None) -> None:
+    def __init__(self, bits: int = 4, *, bucket: int = 512, downlink: CodecLike = None) -> None:
         super().__init__(uplink=Codec(Quantize(bits, bucket=bucket)), downlink=downlink)
         self.bits = bits
 

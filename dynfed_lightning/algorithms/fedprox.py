@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import lightning as L
 
-from dynfed_lightning.algorithm import Client, Received
+from dynfed_lightning.algorithm import Client, CodecLike, Received
 from dynfed_lightning.algorithms.fedavg import FedAvg
 from dynfed_lightning.callbacks import ProximalTerm
-from dynfed_lightning.codec import Codec
 
 
 class FedProx(FedAvg):
@@ -24,9 +23,7 @@ class FedProx(FedAvg):
         downlink: see `FedAvg`.
     """
 
-    def __init__(
-        self, mu: float = 0.01, *, uplink: Codec | int | None = None, downlink: Codec | int | None = None
-    ) -> None:
+    def __init__(self, mu: float = 0.01, *, uplink: CodecLike = None, downlink: CodecLike = None) -> None:
         super().__init__(uplink=uplink, downlink=downlink)
         ProximalTerm(mu)  # says now what is wrong with `mu`
         self.mu = mu

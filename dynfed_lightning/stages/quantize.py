@@ -107,7 +107,7 @@ class Quantize(Stage):
                 out.append(None)
                 continue
             # With one bit the levels are -s and s, twice a scale apart.
-            scales = next(rest) * (2.0 if bits == 1 else 1.0)
+            scales = (next(rest) * (2.0 if bits == 1 else 1.0)).clamp(max=torch.finfo(torch.float32).max)
             out.append(scales.repeat_interleave(self.bucket)[: part.numel].reshape(part.shape))
         return out
 
