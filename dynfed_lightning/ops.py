@@ -229,8 +229,8 @@ def dequantize_accumulate_many(
         _check_int("bits", b, 1, 8)
         if not isinstance(w, (int, float)) or isinstance(w, bool):
             raise TypeError(f"Expected `weight` to be a number, but got {type(w).__name__}.")
-        if w - w != 0:
-            raise ValueError(f"Expected `weight` to be finite, but got {w}.")
+        if not abs(w) <= 3.4028234663852886e38:
+            raise ValueError(f"Expected `weight` to be a finite float32, but got {w}.")
         _check_packed("packed", p, out.numel(), b)
         _check_scales("scales", s, out.numel(), bucket)
         _check_device("packed", p, "out", out)
