@@ -68,8 +68,9 @@ ACC = ops.dequantize_accumulate
         ),
         (lambda: ACC(X.half(), P4, S1, 4, 16, 1.0), TypeError, "`out` to be a tensor of float32"),
         (lambda: ACC(torch.zeros(15), P4, S1, 3, 16, 1.0), ValueError, "`packed` to hold 6 bytes"),
-        (lambda: ACC(X, P4, S1, 4, 16, math.nan), ValueError, "`weight` to be finite, but got nan"),
-        (lambda: ACC(X, P4, S1, 4, 16, -math.inf), ValueError, "`weight` to be finite, but got -inf"),
+        (lambda: ACC(X, P4, S1, 4, 16, math.nan), ValueError, "`weight` to be a finite float32, but got nan"),
+        (lambda: ACC(X, P4, S1, 4, 16, -math.inf), ValueError, "`weight` to be a finite float32, but got -inf"),
+        (lambda: ACC(X, P4, S1, 4, 16, 1e300), ValueError, "`weight` to be a finite float32, but got 1e.300"),
         (lambda: ACC(X, P4, S1, 4, 16, "1"), TypeError, "`weight` to be a number, but got str"),
         (lambda: ACC(X, P4.to("meta"), S1, 4, 16, 1.0), ValueError, "`packed` to be on the device of `out`"),
         (
