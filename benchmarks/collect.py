@@ -129,6 +129,7 @@ def main() -> None:
     parser.add_argument("--last", type=int, default=1, help="rounds at the end that make the final accuracy")
     parser.add_argument("--from-csv", action="store_true", help="make table and figure of the committed CSV again")
     parser.add_argument("--order", nargs="*", default=[], help="method names that come first, in this order")
+    parser.add_argument("--only", nargs="*", default=[], help="method names; default: all there are")
     parser.add_argument("--title", default="")
     options = parser.parse_args()
     if options.readme:
@@ -148,6 +149,11 @@ def main() -> None:
             summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
             return rank.get(summary["name"], len(rank)), summary["name"], int(summary["seed"])
 
+        folders = [
+            f
+            for f in folders
+            if not options.only or json.loads((f / "summary.json").read_text())["name"] in options.only
+        ]
         write_csv(sorted(folders, key=key), path)
     made = comparison(path, options.last)
     path.with_suffix(".md").write_text(made.markdown() + "\n", encoding="utf-8")

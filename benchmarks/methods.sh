@@ -7,6 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_NUM_THREADS=1
 runs=${1:-runs}
 python=${PYTHON:-.venv/bin/python}
+export PYTHONPATH=$PWD
 
 compare() { # FOLDER DATASET "METHODS" [overrides]
   local folder=$1 dataset=$2 methods=$3 files=()
@@ -22,7 +23,19 @@ compare mnist-0.1 mnist "$main $ablation fedprox scaffold centralised"
 compare mnist-0.05 mnist "$main" --data.partitioner.alpha 0.05 --trainer.max_epochs 8 --local.max_steps 100
 compare digits digits "$main fedprox scaffold feddf centralised local"
 
-for name in mnist-0.1 mnist-0.05 digits; do
-  "$python" benchmarks/collect.py "$runs/$name" "$name" --last 1 --order FedAvg DynFed "DynFed (competence)" "DynFed (active, as printed)"
-done
+collect() { # RUNS NAME TITLE METHOD...
+  local folder=$1 name=$2 title=$3
+  shift 3
+  "$python" benchmarks/collect.py "$runs/$folder" "$name" --title "$title" --only "$@" --order "$@"
+}
+
+all=(FedAvg DynFed "DynFed (competence)" "DynFed (active, as printed)" "DynFed bits, no teachers" FedPAQ-2 FedPAQ-4 FedPAQ-8
+  DAdaQuant "FedPAQ-4 + balanced teachers")
+collect mnist-0.1 mnist-0.1 "MNIST, Dirichlet 0.1, 20 clients" "${all[@]}"
+collect mnist-0.05 mnist-0.05 "MNIST, Dirichlet 0.05, 20 clients" "${all[@]}"
+collect digits digits "Digits, Dirichlet 0.3, 20 clients" "${all[@]}" FedProx SCAFFOLD FedDF Local Centralised
+collect mnist-0.1 ablation "MNIST, Dirichlet 0.1: what each part brings" FedAvg "float32 + balanced teachers" \
+  "random bits, no teachers" "DynFed bits, no teachers" "DynFed bits by loss, no teachers" DynFed "DynFed (competence)" \
+  "DynFed (mean)" FedDF "DynFed (variance)" "DynFed (entropy)" "DynFed (top_loss)" "DynFed (random teachers)" \
+  "DynFed (active, as printed)" FedProx SCAFFOLD Centralised
 "$python" benchmarks/collect.py --readme
