@@ -35,6 +35,7 @@ module and the number of rounds must be the same in all of them. Options such as
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code (0 done, 1 a compared run failed, 2 an error, 130 interrupted)."""
     options, rest = _arguments().parse_known_args(argv)
+    importable([*(getattr(options, "config", None) or ()), *getattr(options, "configs", ())])
     debug = options.debug or os.environ.get("DYNFED_DEBUG") == "1"
     try:
         if rest and options.command not in ("fit", "compare"):
@@ -48,6 +49,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"dynfed: error: {one_line(error)}", file=sys.stderr)
         return 2
+
+
+def importable(files: Sequence[str]) -> None:
+    """Let classes be named that lie in the current folder (as with ``python -m``) or beside a configuration.
+
+    Processes that are started from this one (``compare --jobs``) find them too.
+    """
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
+    for folder in dict.fromkeys(str(Path(f).resolve().parent) for f in files):
+        if folder not in sys.path:
+            sys.path.append(folder)
 
 
 def one_line(error: BaseException) -> str:
@@ -114,11 +128,13 @@ def _fit(options: argparse.Namespace, rest: list[str]) -> int:
     if options.print_config:
         print(configs.dump(finish(config)), end="")
         return 0
-    out = fit(config, ckpt=options.ckpt)
+    out, plots = train(config, ckpt=options.ckpt)
+    if plots is None:  # nothing to do, and said so
+        return 0
     from dynfed_lightning.report import Run, summarise
 
     print(summarise(Run.read(out)))
-    for path in sorted((out / "plots").glob("*.png")):
+    for path in plots:
         print(path)
     return 0
 
@@ -162,11 +178,18 @@ def fit(config: dict[str, Any], ckpt: str | None = None) -> Path:
         the run's folder, with config.yaml, rounds.csv, clients.csv, summary.json, model.safetensors and plots/.
 
     Raises:
-        ConfigError, ValueError, TypeError, OSError: found before any training: a wrong value, an unwritable folder.
+        ConfigError, ValueError, TypeError, OSError: found before any training: a wrong value, an unwritable folder. What
+            lay in the folder is then as it was.
     """
+    return train(config, ckpt)[0]
+
+
+def train(config: dict[str, Any], ckpt: str | None = None) -> tuple[Path, list[Path] | None]:
+    """`fit`; also returns the plots drawn, or None where the checkpoint left no round to run (then nothing is touched)."""
     import lightning as L
 
     from dynfed_lightning import config as configs
+    from dynfed_lightning.recorder import RoundProgress, RunRecorder, writable
 
     config = finish(config)
     out = Path(config["out"])
@@ -177,7 +200,6 @@ def fit(config: dict[str, Any], ckpt: str | None = None) -> Path:
     from dynfed_lightning.data import FederatedDataModule
     from dynfed_lightning.federation import Federation
     from dynfed_lightning.quiet import isolated_rng, quiet_lightning
-    from dynfed_lightning.recorder import RoundProgress, RunRecorder
 
     # The initial weights depend on the seed alone, whatever else has drawn from the generators of this process.
     with quiet_lightning(), isolated_rng(config["seed"]):
@@ -189,11 +211,9 @@ def fit(config: dict[str, Any], ckpt: str | None = None) -> Path:
         arguments = dict(vars(made.trainer))
         callbacks = arguments.pop("callbacks", None) or []
         callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
-        recorder = RunRecorder(out, info={"name": config["name"], "seed": config["seed"]})
-        (out / "config.yaml").write_text(configs.dump_namespace(parser, namespace, config), encoding="utf-8")
+        text = configs.dump_namespace(parser, namespace, config)
+        recorder = RunRecorder(out, info={"name": config["name"], "seed": config["seed"]}, config=text)
         trainer = L.Trainer(**arguments, callbacks=[*callbacks, recorder, RoundProgress(config["name"])])
-        # A run that fails must not pass for the one that was here before.
-        (out / "summary.json").unlink(missing_ok=True)
         before = signal.getsignal(signal.SIGINT)
         try:
             trainer.fit(federation, datamodule=data, ckpt_path=ckpt)
@@ -201,20 +221,10 @@ def fit(config: dict[str, Any], ckpt: str | None = None) -> Path:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGINT, before)
             raise KeyboardInterrupt from stop
-    draw(out)
-    return out
-
-
-def writable(folder: Path) -> None:
-    """Make `folder`, and a file in it, or say why not."""
-    probe = folder / ".writable"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("", encoding="utf-8")
-        probe.unlink()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(f"Expected `out` to be a folder to write to, but {folder}: {reason}.") from error
+    if not recorder.started:
+        print(f"dynfed: no round left to run{f' after {ckpt}' if ckpt else ''}: {out} is as it was", file=sys.stderr)
+        return out, None
+    return out, draw(out)
 
 
 def draw(out: Path) -> list[Path]:

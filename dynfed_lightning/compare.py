@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from dynfed_lightning import config as configs
-from dynfed_lightning.cli import finish, fit, one_line, slug, writable
+from dynfed_lightning.cli import finish, fit, one_line, slug
 from dynfed_lightning.config import Config, ConfigError
+from dynfed_lightning.recorder import writable
 from dynfed_lightning.report import Comparison, Run
 
 
@@ -148,9 +149,9 @@ def _run_here(item: Item) -> str | None:
 def _run_apart(item: Item, jobs: int) -> str | None:
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     env = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **os.environ}
+    env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)  # classes beside the configurations, too
     try:
-        writable(item.out)
-        (item.out / "summary.json").unlink(missing_ok=True)  # the process may die before it does so itself
+        item.out.mkdir(parents=True, exist_ok=True)
         request = item.out / "request.yaml"
         request.write_text(configs.dump(item.config), encoding="utf-8")
         command = [sys.executable, "-m", "dynfed_lightning.cli", "fit", "--config", str(request)]

@@ -42,6 +42,25 @@ def test_unwritable_folder_is_found_before_training(
         assert main(["compare", str(tiny("a", algorithm="FedAvg")), "--out", str(out)]) == 2
 
 
+@pytest.mark.parametrize("where", ["here", "beside"])
+def test_the_users_own_module_is_found(where: str, tmp_path: Path, tiny: Callable[..., Path]) -> None:
+    """The installed script starts with its own folder on sys.path, not the current one."""
+    file = tiny("a", algorithm="FedAvg")
+    (tmp_path / "empty").mkdir()
+    code = "from dynfed_lightning.models import MLP\nfrom dynfed_lightning import ClientModule\n"
+    (tmp_path / "mymod.py").write_text(code + "class Net(ClientModule):\n    pass\n")
+    entry = f"import sys; sys.path.append({str(ROOT)!r}); from dynfed_lightning.cli import main; sys.exit(main())"
+    command = [sys.executable, "-I", "-c", entry, "fit", "--print-config", *words(file)]
+    command += ["--module.class_path", "mymod.Net", "--module.init_args", "{model: {class_path: MLP, init_args: "]
+    command[-1] += "{in_features: 64, hidden: [8]}}}"
+    cwd = tmp_path if where == "here" else tmp_path / "empty"
+    if where == "here":
+        command[command.index(str(file))] = str(file.rename(tmp_path / "empty" / "a.yaml"))
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "class_path: mymod.Net" in done.stdout
+
+
 def test_one_line() -> None:
     assert one_line(ValueError("a\n  b")) == "a b"
     assert one_line(KeyError("x")) == "KeyError: 'x'"
@@ -146,6 +165,43 @@ def test_interrupted(
     assert capsys.readouterr().err.strip().endswith("dynfed: interrupted")
     assert signal.getsignal(signal.SIGINT) is handler
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_run_that_does_not_start_leaves_the_folder_as_it_was(
+    tmp_path: Path, tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "run"
+    trainer = {
+        "max_epochs": 2,
+        "callbacks": [{"class_path": "ModelCheckpoint", "init_args": {"dirpath": str(tmp_path), "filename": "end"}}],
+    }
+    file = tiny("a", algorithm="DynFed", trainer=trainer, out=str(out))
+    wrong = ["--data.public", "null"], ["--data.dataset", "digitz"], ["--algorithm.distillation", "nonsense"]
+    for options in wrong:
+        assert main(["fit", *words(file, *options)]) == 2
+        assert not out.parent.exists(), options
+    assert main(["fit", *words(file)]) == 0
+    before = {p: p.read_bytes() for p in out.rglob("*.*")}
+    for options in (*wrong, ["--ckpt", "nowhere"]):
+        assert main(["fit", *words(file, *options)]) == 2
+        assert {p: p.read_bytes() for p in out.rglob("*.*")} == before, options
+    capsys.readouterr()
+    assert main(["fit", *words(file, "--ckpt", str(tmp_path / "end.ckpt"))]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("dynfed: no round left to run after ")
+    assert captured.err.count("\n") == 1 and f"{out} is as it was" in captured.err
+    assert {p: p.read_bytes() for p in out.rglob("*.*")} == before
+
+
+def test_plots_of_an_earlier_run_do_not_stay(
+    tmp_path: Path, tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(["fit", *words(tiny("a", algorithm="DynFed", out=str(out)))]) == 0
+    capsys.readouterr()
+    assert main(["fit", *words(tiny("b", algorithm="FedAvg", out=str(out)))]) == 0
+    assert [p.name for p in (out / "plots").iterdir()] == ["accuracy.png"]
+    assert capsys.readouterr().out.count(".png") == 1
 
 
 # ------------------------------------------------------------ inspect and report

@@ -120,7 +120,7 @@ def test_unwritable_folder_is_found_before_training(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     trainer = outer(1, callbacks=[RunRecorder(tmp_path / "file" / "run")])
     federation = Federation(client_module(), FedAvg(), local="loop")
-    with pytest.raises(OSError, match="Expected `out` to be a writable folder"):
+    with pytest.raises(OSError, match="Expected `out` to be a folder to write to"):
         trainer.fit(federation, datamodule=data_module())
     assert federation.last_round is None
 
