@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 
 from dynfed_lightning.federation import Federation
-from dynfed_lightning.records import RoundRecord
+from dynfed_lightning.records import RoundRecord, planned_rounds
 
 
 def _federation(module: L.LightningModule) -> Federation:
@@ -242,8 +242,12 @@ def _round_row(record: RoundRecord, metrics: Mapping[str, float]) -> dict[str, A
     return {**row, **own}
 
 
+SILENCE = 10.0  # seconds after which the next round is told, whichever it is
+
+
 class RoundProgress(L.Callback):
-    """One progress bar for the whole run where there is a terminal, else a line every tenth of it.
+    """One progress bar for the whole run where there is a terminal, else a line after the first round, every tenth of the
+    run, and every ten seconds.
 
     Args:
         name: what the run is called.
@@ -253,9 +257,11 @@ class RoundProgress(L.Callback):
         self.name = name
         self._bar: Any = None
         self._task: Any = None
+        self._told: float | None = None  # when the last line was printed
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the bar."""
+        self._told = None
         if self.name is None:
             self.name = _federation(pl_module).algorithm.name
         if not sys.stderr.isatty():
@@ -272,18 +278,21 @@ class RoundProgress(L.Callback):
             TextColumn("{task.fields[status]}"),
         ]
         self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
-        total = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
-        self._task = self._bar.add_task(self.name, total=total, completed=trainer.current_epoch, status="")
+        self._task = self._bar.add_task(
+            self.name, total=planned_rounds(trainer), completed=trainer.current_epoch, status=""
+        )
         self._bar.start()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Move it."""
-        done, total = trainer.current_epoch + 1, trainer.max_epochs or 0
+        done, total, now = trainer.current_epoch + 1, planned_rounds(trainer) or 0, time.perf_counter()
         status = self._status(trainer)
+        late = self._told is None or now - self._told >= SILENCE
         if self._bar is not None:
             self._bar.update(self._task, completed=done, status=status)
-        elif total < 10 or done == total or done % max(1, total // 10) == 0:
+        elif late or 0 < total < 10 or done == total or done % max(1, total // 10) == 0:
             print(f"{self.name}: round {done}/{total if total > 0 else '?'}  {status}", file=sys.stderr, flush=True)
+            self._told = now
 
     @staticmethod
     def _status(trainer: L.Trainer) -> str:
