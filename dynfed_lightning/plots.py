@@ -215,7 +215,8 @@ def _final(method: Method, last: int) -> float:
 def _end(accuracy: np.ndarray) -> float:
     """The last value a mean curve shows; accuracy is ``[seeds, rounds]``, NaN in rounds that were not judged."""
     shown = accuracy.mean(0)
-    return float(shown[np.isfinite(shown)][-1])
+    shown = shown[np.isfinite(shown)]
+    return float(shown[-1] if shown.size else np.nanmean(accuracy))  # a seed that was never judged hides the mean
 
 
 def _curve(ax: Axes, x: np.ndarray, y: np.ndarray, colour: str, dash: Any) -> None:

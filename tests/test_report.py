@@ -240,6 +240,11 @@ def test_a_comparison_of_few_rounds_can_be_read(rounds: int, tmp_path: Path, mon
     assert 0 < low < 1 and high > 2 * rounds and high >= 4 * low
 
 
+def test_figure_where_one_seed_was_never_judged(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "a", [0.5, 0.6], 10), write_run(tmp_path / "b", [None, None], 10)]
+    assert plots.plot_comparison(Comparison.of(runs, target=0.5), tmp_path / "c.png").is_file()
+
+
 def test_labels_are_pushed_apart() -> None:
     assert plots._apart([9.0, 5.0, 1.0], 1.0, 0.0, 10.0) == [9.0, 5.0, 1.0]
     assert plots._apart([5.0, 5.0], 1.0, 0.0, 10.0) == [5.5, 4.5]  # both give way
