@@ -236,17 +236,25 @@ class Algorithm:
         """What tables call it."""
         return type(self).__name__
 
+    def check_public(self, present: bool) -> None:
+        """Refuse to run without a public set where the method needs one; `present`: whether there is one.
+
+        Raises:
+            ValueError: it is missing.
+        """
+        if self.requires_public and not present:
+            raise ValueError(
+                f"Expected a public set, since {self.name} distils on the server, but the data module has none: "
+                "give `FederatedDataModule(public=200)` (rows set aside) or a dataset of its own."
+            )
+
     def setup(self, server: Server, executor: LocalExecutor) -> None:
         """Check that the server has what the method needs, before any training.
 
         Raises:
             ValueError: something is missing; the message names it.
         """
-        if self.requires_public and server.public is None:
-            raise ValueError(
-                f"Expected a public set, since {self.name} distils on the server, but the data module has none: "
-                "give `FederatedDataModule(public=200)` (rows set aside) or a dataset of its own."
-            )
+        self.check_public(server.public is not None)
 
     def uplink_schema(self, weights: Schema) -> Schema:
         """The schema of `Update.tensors`, given that of the weights. Agreed when a client joins, so it never travels."""

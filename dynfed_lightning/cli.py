@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dynfed_lightning import __version__
+
 # Nothing heavy is imported here: `dynfed --help` and a typo must not wait for torch.
 
 FIT_HELP = """\
@@ -28,13 +30,15 @@ algorithm (the method), local (how a client trains), federation and data. Option
 """
 COMPARE_HELP = """\
 Runs every configuration with every seed into OUT/<name>/seed<k>, then writes OUT/compare.{md,json,png}. The data, the
-module and the number of rounds must be the same in all of them. Options such as --trainer.max_epochs 5 apply to all.
+module, the clients' training and the number of rounds must be the same in all of them. Options such as
+--trainer.max_epochs 5 apply to all.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code (0 done, 1 a compared run failed, 2 an error, 130 interrupted)."""
     options, rest = _arguments().parse_known_args(argv)
+    importable([*(getattr(options, "config", None) or ()), *getattr(options, "configs", ())])
     debug = options.debug or os.environ.get("DYNFED_DEBUG") == "1"
     try:
         if rest and options.command not in ("fit", "compare"):
@@ -50,6 +54,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def importable(files: Sequence[str]) -> None:
+    """Let classes be named that lie in the current folder (as with ``python -m``) or beside a configuration.
+
+    Processes that are started from this one (``compare --jobs``) find them too.
+    """
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
+    for folder in dict.fromkeys(str(Path(f).resolve().parent) for f in files):
+        if folder not in sys.path:
+            sys.path.append(folder)
+
+
 def one_line(error: BaseException) -> str:
     """What went wrong in one line; the type is named where the message alone would puzzle."""
     text = " ".join(str(error).split())
@@ -61,6 +78,7 @@ def one_line(error: BaseException) -> str:
 
 def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dynfed", description="Communication-efficient federated learning.")
+    parser.add_argument("--version", action="version", version=f"dynfed {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     raw = argparse.RawDescriptionHelpFormatter
 
@@ -87,7 +105,7 @@ def _arguments() -> argparse.ArgumentParser:
     compare.add_argument("--jobs", type=int, default=1, help="runs at a time, each in its own process (default 1)")
     compare.add_argument("--resume", action="store_true", help="keep finished runs whose configuration is unchanged")
     compare.add_argument(
-        "--allow-different", action="store_true", help="compare although data, module or rounds differ"
+        "--allow-different", action="store_true", help="compare although data, module, local steps or rounds differ"
     )
     compare.add_argument(
         "--baseline", help="the name whose uplink is 1 and whose accuracy is the target (default: FedAvg)"
@@ -114,11 +132,13 @@ def _fit(options: argparse.Namespace, rest: list[str]) -> int:
     if options.print_config:
         print(configs.dump(finish(config)), end="")
         return 0
-    out = fit(config, ckpt=options.ckpt)
+    out, plots = train(config, ckpt=options.ckpt)
+    if plots is None:  # nothing to do, and said so
+        return 0
     from dynfed_lightning.report import Run, summarise
 
     print(summarise(Run.read(out)))
-    for path in sorted((out / "plots").glob("*.png")):
+    for path in plots:
         print(path)
     return 0
 
@@ -162,38 +182,34 @@ def fit(config: dict[str, Any], ckpt: str | None = None) -> Path:
         the run's folder, with config.yaml, rounds.csv, clients.csv, summary.json, model.safetensors and plots/.
 
     Raises:
-        ConfigError, ValueError, TypeError, OSError: found before any training: a wrong value, an unwritable folder.
+        ConfigError, ValueError, TypeError, OSError: found before any training: a wrong value, an unwritable folder. What
+            lay in the folder is then as it was.
     """
-    import lightning as L
+    return train(config, ckpt)[0]
 
+
+def train(config: dict[str, Any], ckpt: str | None = None) -> tuple[Path, list[Path] | None]:
+    """`fit`; also returns the plots drawn, or None where the checkpoint left no round to run (then nothing is touched)."""
     from dynfed_lightning import config as configs
+    from dynfed_lightning.quiet import isolated_rng, quiet_lightning
+    from dynfed_lightning.recorder import RoundProgress, RunRecorder, writable
+    from dynfed_lightning.resume import check_checkpoint
 
     config = finish(config)
     out = Path(config["out"])
     writable(out)
-    parser, namespace = configs.parse(config)
-    if ckpt is not None and not Path(ckpt).is_file():
-        raise FileNotFoundError(f"Expected `ckpt` to be a checkpoint file, but there is no {ckpt}.")
-    from dynfed_lightning.data import FederatedDataModule
-    from dynfed_lightning.federation import Federation
-    from dynfed_lightning.quiet import isolated_rng, quiet_lightning
-    from dynfed_lightning.recorder import RoundProgress, RunRecorder
-
+    parsed = configs.parse(config)
+    text = configs.dump_namespace(*parsed, config)
+    recorder = RunRecorder(out, info={"name": config["name"], "seed": config["seed"]}, config=text)
     # The initial weights depend on the seed alone, whatever else has drawn from the generators of this process.
     with quiet_lightning(), isolated_rng(config["seed"]):
         # True of any other data set: this one's only batch is a cohort, and it has no workers.
         warnings.filterwarnings("ignore", message=r".*`IterableDataset` has `__len__` defined.*")
-        made = configs.instantiate(parser, namespace)
-        federation = Federation(made.module, made.algorithm, local=made.local, seed=made.seed, **vars(made.federation))
-        data = FederatedDataModule(**vars(made.data))
-        arguments = dict(vars(made.trainer))
-        callbacks = arguments.pop("callbacks", None) or []
-        callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
-        recorder = RunRecorder(out, info={"name": config["name"], "seed": config["seed"]})
-        (out / "config.yaml").write_text(configs.dump_namespace(parser, namespace, config), encoding="utf-8")
-        trainer = L.Trainer(**arguments, callbacks=[*callbacks, recorder, RoundProgress(config["name"])])
-        # A run that fails must not pass for the one that was here before.
-        (out / "summary.json").unlink(missing_ok=True)
+        trainer, federation, data = build(parsed, recorder, RoundProgress(config["name"]))
+        if ckpt is not None:
+            rounds = check_checkpoint(ckpt, federation)
+            if 0 < (trainer.max_epochs or 0) <= rounds:
+                return nothing_left(out, f"{ckpt} has {rounds} of {trainer.max_epochs} behind it")
         before = signal.getsignal(signal.SIGINT)
         try:
             trainer.fit(federation, datamodule=data, ckpt_path=ckpt)
@@ -201,20 +217,37 @@ def fit(config: dict[str, Any], ckpt: str | None = None) -> Path:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGINT, before)
             raise KeyboardInterrupt from stop
-    draw(out)
-    return out
+    if not recorder.started:
+        return nothing_left(out, f"after {ckpt}" if ckpt else "with these arguments of the trainer")
+    return out, draw(out)
 
 
-def writable(folder: Path) -> None:
-    """Make `folder`, and a file in it, or say why not."""
-    probe = folder / ".writable"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("", encoding="utf-8")
-        probe.unlink()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(f"Expected `out` to be a folder to write to, but {folder}: {reason}.") from error
+def nothing_left(out: Path, why: str) -> tuple[Path, None]:
+    """Say that nothing was trained."""
+    print(f"dynfed: no round left to run, {why}; {out} is as it was", file=sys.stderr)
+    return out, None
+
+
+def build(parsed: tuple[Any, Any], *callbacks: Any) -> tuple[Any, Any, Any]:
+    """The trainer, the federation and the data of a parsed configuration; nothing is read or written.
+
+    Raises:
+        ConfigError, ValueError, TypeError: what a constructor refuses.
+    """
+    import lightning as L
+
+    from dynfed_lightning import config as configs
+    from dynfed_lightning.data import FederatedDataModule
+    from dynfed_lightning.federation import Federation
+
+    made = configs.instantiate(*parsed)
+    federation = Federation(made.module, made.algorithm, local=made.local, seed=made.seed, **vars(made.federation))
+    data = FederatedDataModule(**vars(made.data))
+    federation.algorithm.check_public(data.public is not None)
+    arguments = dict(vars(made.trainer))
+    own = arguments.pop("callbacks", None) or []
+    own = list(own) if isinstance(own, list | tuple) else [own]
+    return L.Trainer(**arguments, callbacks=[*own, *callbacks]), federation, data
 
 
 def draw(out: Path) -> list[Path]:
@@ -239,7 +272,15 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
         raise ValueError(f"Expected `--jobs` to be at least 1, but got {options.jobs}.")
     if options.last < 1:
         raise ValueError(f"Expected `--last` to be at least 1, but got {options.last}.")
-    plan = compare.plan(options.configs, options.out, options.seeds, rest, allow_different=options.allow_different)
+    plan = compare.plan(
+        options.configs,
+        options.out,
+        options.seeds,
+        rest,
+        allow_different=options.allow_different,
+        baseline=options.baseline,
+        target=options.target,
+    )
     failed = compare.run_all(plan, jobs=options.jobs, resume=options.resume)
     done = [item.out for item in plan if item.out not in failed]
     if done:

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from dynfed_lightning import config as configs
-from dynfed_lightning.cli import finish, fit, one_line, slug, writable
+from dynfed_lightning.cli import build, finish, fit, one_line, slug
 from dynfed_lightning.config import Config, ConfigError
+from dynfed_lightning.quiet import isolated_rng, quiet_lightning
+from dynfed_lightning.recorder import writable
 from dynfed_lightning.report import Comparison, Run
 
 
@@ -35,6 +37,8 @@ def plan(
     overrides: Sequence[str] = (),
     *,
     allow_different: bool = False,
+    baseline: str | None = None,
+    target: float | None = None,
 ) -> list[Item]:
     """Read the configurations and check, before anything runs, that they can be compared.
 
@@ -43,25 +47,35 @@ def plan(
         out: the comparison's folder; runs go to ``out/<name>/seed<k>``.
         seeds: default: the first file's seed, for all.
         overrides: ``--key value`` words for all of them.
-        allow_different: do not insist on the same data, module and number of rounds.
+        allow_different: do not insist on the same data, module, local training and number of rounds.
+        baseline: see `Comparison.of`.
+        target: likewise.
 
     Raises:
-        ConfigError: two configurations of the same name, or that differ in what must be the same (it is named).
+        ConfigError: two configurations of the same name, or that differ in what must be the same (it is named); a wrong
+            seed, baseline or target; what a constructor refuses.
         OSError: `out` is not writable.
     """
+    if target is not None and not 0 < target <= 1:
+        raise ConfigError(f"Expected `target` to be an accuracy in (0, 1], but got {target:g}.")
+    for seed in seeds or ():
+        if seed < 0:
+            raise ConfigError(f"Expected `seeds` to be integers of at least 0, but got {seed}.")
     loaded = [finish(configs.load([p], overrides)) for p in paths]
     names = [c["name"] for c in loaded]
     for i, name in enumerate(names):
         if slug(name) in map(slug, names[:i]):
             raise ConfigError(f"Two of the configurations are called `{name}`; give {paths[i]} another `name`.")
+    if baseline is not None and baseline not in names:
+        raise ConfigError(f"Expected `baseline` to be one of {names}, but got {baseline!r}.")
     if not allow_different:
         for path, other in zip(paths[1:], loaded[1:], strict=True):
             difference = first_difference(_common(loaded[0]), _common(other))
             if difference is not None:
                 key, a, b = difference
                 raise ConfigError(
-                    f"Expected all configurations to share data, module and rounds, but `{key}` is {a!r} in {paths[0]} "
-                    f"and {b!r} in {path}; --allow-different compares them all the same."
+                    f"Expected all configurations to share data, module, local training and rounds, but "
+                    f"`{key}` is {a!r} in {paths[0]} and {b!r} in {path}; --allow-different compares them all the same."
                 )
     chosen = list(dict.fromkeys(seeds)) if seeds else [loaded[0]["seed"]]
     items = []
@@ -80,15 +94,23 @@ def plan(
                 )
             )
     writable(Path(out))
-    for item in items:
-        configs.parse(item.config)  # a wrong type in the last file should not wait for the first to finish
+    for item in items:  # what is wrong in the last file should not wait for the first to finish
+        parsed = configs.parse(item.config)
+        if item.seed == chosen[0]:
+            try:
+                with quiet_lightning(), isolated_rng(item.seed):
+                    build(parsed)
+            except (ValueError, TypeError) as error:
+                raise ConfigError(f"{item.name}: {one_line(error)}") from error
     return items
 
 
 def _common(config: Config) -> Config:
     """The part of a configuration that must be the same for two accuracies to be compared."""
     data = {k: v for k, v in config["data"].items() if k != "seed"}
-    return {"data": data, "module": config["module"], "trainer": {"max_epochs": config["trainer"].get("max_epochs")}}
+    rounds = {k: config["trainer"].get(k) for k in ("max_epochs", "max_steps")}
+    federation, local = config.get("federation") or {}, config.get("local", "trainer")
+    return {"data": data, "module": config["module"], "trainer": rounds, "local": local, "federation": federation}
 
 
 def first_difference(a: Any, b: Any, key: str = "") -> tuple[str, Any, Any] | None:
@@ -148,9 +170,9 @@ def _run_here(item: Item) -> str | None:
 def _run_apart(item: Item, jobs: int) -> str | None:
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     env = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **os.environ}
+    env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)  # classes beside the configurations, too
     try:
-        writable(item.out)
-        (item.out / "summary.json").unlink(missing_ok=True)  # the process may die before it does so itself
+        item.out.mkdir(parents=True, exist_ok=True)
         request = item.out / "request.yaml"
         request.write_text(configs.dump(item.config), encoding="utf-8")
         command = [sys.executable, "-m", "dynfed_lightning.cli", "fit", "--config", str(request)]

@@ -63,10 +63,12 @@ def load(paths: Sequence[str | Path], overrides: Iterable[str] = ()) -> Config:
     """
     config: Config = {}
     for path in paths:
-        config = merge(config, _read(Path(path), ()))
-    for key, value in _parse_overrides(overrides):
-        config = merge(config, _nested(key, value, config))
-    return check(config)
+        config = _on_top(config, _read(Path(path), ()))
+    pairs = _parse_overrides(overrides)
+    for key, value in pairs:
+        config = _on_top(config, _nested(key, value, config))
+    names = [value for key, value in pairs if key == "name"]
+    return check({**config, "name": names[-1]} if names else config)
 
 
 def merge(below: Any, above: Any) -> Any:
@@ -76,6 +78,22 @@ def merge(below: Any, above: Any) -> Any:
     if "class_path" in above and above["class_path"] != below.get("class_path"):
         return dict(above)
     return {**below, **{k: merge(below.get(k), v) for k, v in above.items()}}
+
+
+def _on_top(below: Config, above: Config) -> Config:
+    """`merge` of whole configurations: another method does not go by the name of the one below it."""
+    merged = merge(below, above)
+    before, after = _method(below), _method(merged)
+    if before is not None and before != after and "name" not in above:
+        merged.pop("name", None)
+    return merged
+
+
+def _method(config: Config) -> str | None:
+    """The class of the method, without its module."""
+    algorithm = config.get("algorithm")
+    name = algorithm.get("class_path") if isinstance(algorithm, Mapping) else None
+    return name.rpartition(".")[2] if isinstance(name, str) else None
 
 
 def _read(path: Path, parents: tuple[Path, ...]) -> Config:
@@ -98,8 +116,8 @@ def _read(path: Path, parents: tuple[Path, ...]) -> Config:
         file = (path.parent / base).resolve()
         if file in parents or file == path.resolve():
             raise ConfigError(f"`base` in {path} leads back to itself: {base}.")
-        below = merge(below, _read(file, (*parents, path.resolve())))
-    return merge(below, config)
+        below = _on_top(below, _read(file, (*parents, path.resolve())))
+    return _on_top(below, config)
 
 
 def _yaml() -> Any:
@@ -121,6 +139,8 @@ def _parse_overrides(words: Iterable[str]) -> list[tuple[str, Any]]:
     words = list(words)
     while words:
         word = words.pop(0)
+        if pairs and pairs[-1][0] == "seed" and re.fullmatch(r"-?\d+", word):
+            raise ConfigError(f"Expected one `seed`, but got also {word}: `dynfed compare --seeds` runs several.")
         if not word.startswith("--") or len(word) < 3:
             raise ConfigError(f"Expected options like `--trainer.max_epochs 10`, but got `{word}`.")
         key, equals, text = word[2:].partition("=")
@@ -160,6 +180,7 @@ def check(config: Config) -> Config:
     for key in REQUIRED:
         if not config.get(key):
             raise ConfigError(f"Expected a section `{key}` ({SECTIONS[key]}), but there is none.")
+    _check_numbers(config)
     checked = dict(config)
     for key, cls in _section_classes().items():
         if config.get(key) is not None:
@@ -170,6 +191,25 @@ def check(config: Config) -> Config:
         if key in config:
             checked[key] = _check_value(config[key], key)
     return checked
+
+
+def _check_numbers(config: Config) -> None:
+    """The seed, and that somebody has said how many rounds: Lightning's own default is 1000."""
+    seed = config.get("seed", 0)
+    if isinstance(seed, list | tuple):
+        raise ConfigError(f"Expected one `seed`, but got {seed!r}: `dynfed compare --seeds` runs several.")
+    if isinstance(seed, int) and seed < 0:
+        raise ConfigError(f"Expected `seed` to be an integer of at least 0, but got {seed}.")
+    trainer = config.get("trainer") or {}
+    if not isinstance(trainer, Mapping):
+        return
+    given = {k: trainer[k] for k in ("max_epochs", "max_steps", "max_time") if trainer.get(k) is not None}
+    if not given or given == {"max_steps": -1}:
+        raise ConfigError("Expected `trainer.max_epochs` to be the number of rounds, but it is not given.")
+    for key in ("max_epochs", "max_steps"):
+        value = given.get(key, 1)
+        if isinstance(value, int) and value < 1 and value != -1:
+            raise ConfigError(f"Expected `trainer.{key}` to be at least 1, or -1 for no end, but got {value}.")
 
 
 def _section_classes() -> dict[str, type]:
@@ -304,6 +344,13 @@ def _one_line(message: str) -> str:
     lost = re.search(r"Expected a dot import path string: (\S+)", message)
     if lost:
         return unknown("class", lost[1], short_names(), ".".join(keys), listing=False)
+    lacking = re.search(
+        r"Problem with given class_path '([^']+)':\s*the following arguments are required: ([^\n]+)", message
+    )
+    if lacking:
+        key, cls = ".".join(keys), lacking[1].rpartition(".")[2]
+        needed = ", ".join(f"`{key}.{n.strip()}`" for n in lacking[2].split(","))
+        return f"Expected {needed} to be given, since {cls} requires it, but it is missing."
     own = re.findall(r"Expected `.*", message)
     if own:  # what a constructor said
         return own[-1].strip()

@@ -133,6 +133,11 @@ class FederatedDataModule(L.LightningDataModule):
             raise TypeError(f"Expected `augment` to be callable, but got {type(augment).__name__}.")
         if isinstance(partitioner, Natural) and partition_column is None:
             raise ValueError("Expected `partition_column` to be given with the Natural partitioner, but got None.")
+        if partition_column is not None and not isinstance(partitioner, Natural):
+            raise ValueError(
+                "Expected `partition_column` to be given with the Natural partitioner alone, "
+                f"but got {partition_column!r} with {type(partitioner).__name__}."
+            )
         if data_dir is not None and not Path(data_dir).is_dir():
             raise ValueError(f"Expected `data_dir` to be a folder, but {str(data_dir)!r} is none.")
         self.dataset, self.partitioner, self.test, self.public = dataset, partitioner, test, public
@@ -144,8 +149,7 @@ class FederatedDataModule(L.LightningDataModule):
         self.val_fraction = _check_share("val_fraction", val_fraction, zero=True)
         self.limit_test, self.drop_last, self.augment = limit_test, bool(drop_last), augment
         self.profile = resources or UniformResources()
-        column = partition_column if isinstance(partitioner, Natural) else None
-        self._options = Options(data_dir, image_column, label_column, column, image_size, cache_dir)
+        self._options = Options(data_dir, image_column, label_column, partition_column, image_size, cache_dir)
         self._split: Split | None = None
         self._pooled = False
         self._cohort_size(partitioner.num_clients)

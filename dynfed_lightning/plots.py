@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette without its yellow: distinct for colour-blind readers too. After eight, the dashes change.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6F4E37", "#555555"]
 DASHES: list[Any] = ["-", (0, (5, 1.5)), (0, (1, 1))]
+FEW = 10  # up to this many rounds each has a dot
 INK, FAINT = "#222222", "#8a8a8a"
 DPI = 150
 
@@ -158,7 +159,8 @@ def plot_comparison(comparison: Comparison, path: str | Path, title: str = "") -
     """Accuracy of all methods against uplink megabytes (logarithmic) and against rounds.
 
     Lines are means over seeds, bands reach from the lowest seed to the highest. The methods are named once, at the end of
-    their curves on the right, in their own colour; the dashed line is the target accuracy.
+    their curves on the right, in their own colour, with the table's final accuracy; the title says of how many rounds that
+    is the mean. The dashed line is the target accuracy.
     """
     methods = [m for m in comparison.methods if np.isfinite(m.curve("accuracy")).any()]
     figure = _figure(11, max(4.2, 1.6 + 0.3 * len(methods)))
@@ -171,10 +173,10 @@ def plot_comparison(comparison: Comparison, path: str | Path, title: str = "") -
         _curve(right, rounds, accuracy, colour, dash)
         if (sent > 0).any():  # local and centralised training send nothing: they have no place on a byte axis
             _curve(left, sent, accuracy, colour, dash)
-        ends.append((float(_final(method, comparison.last)), method.label, colour, rounds[-1], accuracy.mean(0)[-1]))
-    _limits(left, methods)
+        ends.append((float(_final(method, comparison.last)), method.label, colour, rounds[-1], _end(accuracy)))
     _plain_log(left)
     _integer_x(right)
+    _limits(left, right, methods)
     _tidy(
         left, "Accuracy against what the clients sent", "megabytes sent, all clients together (log)", "test accuracy, %"
     )
@@ -193,11 +195,15 @@ def plot_comparison(comparison: Comparison, path: str | Path, title: str = "") -
     )
     _name_at_end(right, ends)
     seeds = sorted({len(m.runs) for m in methods})
+    longest = max((m.curve("accuracy").shape[1] for m in methods), default=0)
+    last = min(comparison.last, longest)
+    numbers = f"numbers: mean of the last {last} rounds" if last > 1 else "numbers: the last round"
     note = (
         f"mean of {' or '.join(map(str, seeds))} seeds; band: lowest to highest seed"
         if seeds and seeds[-1] > 1
         else "one seed"
     )
+    note = f"{note}; {numbers}"
     figure.suptitle(f"{title}  ({note})" if title else note, fontsize=10 if title else 9, color=INK, x=0.01, ha="left")
     return _save(figure, path)
 
@@ -206,30 +212,50 @@ def _final(method: Method, last: int) -> float:
     return 100 * float(np.mean([r.final_accuracy(last) for r in method.runs]))
 
 
+def _end(accuracy: np.ndarray) -> float:
+    """The last value a mean curve shows; accuracy is ``[seeds, rounds]``, NaN in rounds that were not judged."""
+    shown = accuracy.mean(0)
+    shown = shown[np.isfinite(shown)]
+    return float(shown[-1] if shown.size else np.nanmean(accuracy))  # a seed that was never judged hides the mean
+
+
 def _curve(ax: Axes, x: np.ndarray, y: np.ndarray, colour: str, dash: Any) -> None:
     """The mean over the first axis of y ``[seeds, rounds]``, and the range of the seeds."""
     if len(y) > 1:
         ax.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.13, linewidth=0, zorder=2)
-    ax.plot(x, y.mean(0), color=colour, linestyle=dash, linewidth=1.7, zorder=3, solid_capstyle="round")
+    marker = "o" if y.shape[1] <= FEW else None  # a line of one point is invisible
+    style = {"linestyle": dash, "linewidth": 1.7, "marker": marker, "markersize": 4, "solid_capstyle": "round"}
+    ax.plot(x, y.mean(0), color=colour, zorder=3, clip_on=marker is None, **style)  # the last dot lies on the edge
 
 
-def _limits(ax: Axes, methods: Sequence[Method]) -> None:
-    """Leave no method's empty axis: matplotlib cannot make a log axis of nothing."""
-    if not any((m.curve("megabytes_up") > 0).any() for m in methods):
-        ax.set_xlim(0.1, 10)
-        ax.text(0.5, 0.5, "nothing was sent", transform=ax.transAxes, ha="center", color=FAINT)
+def _limits(left: Axes, right: Axes, methods: Sequence[Method]) -> None:
+    """Room around one point or none: matplotlib cannot make a log axis of nothing, nor a range of one round."""
+    sent = np.concatenate([[0.0], *(m.curve("megabytes_up").mean(0) for m in methods)])
+    sent = sent[sent > 0]
+    if not sent.size:
+        left.set_xlim(0.1, 10)
+        left.text(0.5, 0.5, "nothing was sent", transform=left.transAxes, ha="center", color=FAINT)
+    elif sent.max() < 4 * sent.min():  # the logarithmic ticks are a factor of 2 to 2.5 apart
+        left.set_xlim(sent.min() / 2, 2 * sent.max())
+    rounds = np.concatenate([[1.0], *(m.curve("round").mean(0) for m in methods)])
+    if rounds.max() <= 3:
+        right.set_xlim(0.5, rounds.max())
+        right.set_xticks(range(1, int(rounds.max()) + 1))
 
 
 def _name_at_end(ax: Axes, ends: list[tuple[float, str, str, float, float]]) -> None:
-    """Write each method's name and final accuracy to the right of its curve, pushed apart until none overlap."""
+    """Write each method's name and final accuracy to the right of its curve, pushed apart until none overlap.
+
+    In the order of the curves' ends, whatever the final accuracies: the lines that lead to the names do not cross.
+    """
     if not ends:
         return
     low, high = ax.get_ylim()
     gap = (high - low) * 0.052 * max(1.0, len(ends) / 16)
-    order = sorted(ends, key=lambda e: -e[0])
+    order = sorted(ends, key=lambda e: -e[4])
     places = _apart([e[4] for e in order], gap, low + gap / 2, high - gap / 2)
     edge = max(e[3] for e in ends)
-    span = edge - ax.get_xlim()[0] or 1.0
+    span = edge - ax.get_xlim()[0]
     for (final, label, colour, x, y), place in zip(order, places, strict=True):
         ax.plot(
             [x, edge + 0.015 * span, edge + 0.05 * span], [y, y, place], color=colour, lw=0.7, clip_on=False, alpha=0.8

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 
 from dynfed_lightning.federation import Federation
-from dynfed_lightning.records import RoundRecord
+from dynfed_lightning.records import RoundRecord, planned_rounds
 
 
 def _federation(module: L.LightningModule) -> Federation:
@@ -30,6 +30,29 @@ def write_atomically(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.part")
     temporary.write_bytes(data)
     os.replace(temporary, path)
+
+
+def writable(folder: Path) -> None:
+    """Check that files can be written to `folder`, and leave no trace of it: neither a file nor a folder.
+
+    Raises:
+        OSError: they cannot.
+    """
+    missing = [f for f in (folder, *folder.parents) if not f.exists()]
+    probe = folder / ".writable"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(f"Expected `out` to be a folder to write to, but {folder}: {reason}.") from error
+    finally:
+        for made in missing:
+            try:
+                made.rmdir()
+            except OSError:  # not made, or another process uses it
+                break
 
 
 class _Table:
@@ -79,16 +102,23 @@ def _cell(value: Any) -> str:
 class RunRecorder(L.Callback):
     """Writes ``rounds.csv``, ``clients.csv``, ``summary.json`` and ``model.safetensors`` to a run's folder.
 
-    A resumed run keeps the rows of the rounds it does not repeat.
+    A resumed run keeps the rows of the rounds it does not repeat. What an earlier run left is removed when training starts,
+    not before: a run that fails to start leaves the folder as it is.
 
     Args:
-        out: the folder; made, and found unwritable, before training.
+        out: the folder; made when training starts, found unwritable before.
         info: more entries for ``summary.json`` (name, dataset, ...).
+        config: the text of a ``config.yaml`` to write; ``None``: none.
+
+    Attributes:
+        started: whether training has started.
     """
 
-    def __init__(self, out: str | Path, info: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, out: str | Path, info: Mapping[str, Any] | None = None, config: str | None = None) -> None:
         self.out = Path(out)
         self.info = dict(info or {})
+        self.config = config
+        self.started = False
         self._rounds = _Table(self.out / "rounds.csv")
         self._clients = _Table(self.out / "clients.csv")
         self._validated = False
@@ -98,18 +128,19 @@ class RunRecorder(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find an unwritable folder now, not after the first round."""
         _federation(pl_module)
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            probe = self.out / ".writable"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise OSError(
-                f"Expected `out` to be a writable folder, but {self.out} is not: {error.strerror}."
-            ) from error
+        writable(self.out)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take up the tables where a resumed run left them."""
+        """Take up the tables where a resumed run left them; the rest of an earlier run goes."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        # The summary first: a run that is cut short must not pass for the one that was here before.
+        for name in ("summary.json", "model.safetensors", "config.yaml"):
+            (self.out / name).unlink(missing_ok=True)
+        for figure in (self.out / "plots").glob("*.png"):
+            figure.unlink()
+        if self.config is not None:
+            write_atomically(self.out / "config.yaml", self.config.encode())
+        self.started = True
         self._rounds.resume(trainer.current_epoch)
         self._clients.resume(trainer.current_epoch)
         self._seconds_before = sum(float(r.get("seconds") or 0) for r in self._rounds.rows)
@@ -211,8 +242,12 @@ def _round_row(record: RoundRecord, metrics: Mapping[str, float]) -> dict[str, A
     return {**row, **own}
 
 
+SILENCE = 10.0  # seconds after which the next round is told, whichever it is
+
+
 class RoundProgress(L.Callback):
-    """One progress bar for the whole run where there is a terminal, else a line every tenth of it.
+    """One progress bar for the whole run where there is a terminal, else a line after the first round, every tenth of the
+    run, and every ten seconds.
 
     Args:
         name: what the run is called.
@@ -222,9 +257,11 @@ class RoundProgress(L.Callback):
         self.name = name
         self._bar: Any = None
         self._task: Any = None
+        self._told: float | None = None  # when the last line was printed
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the bar."""
+        self._told = None
         if self.name is None:
             self.name = _federation(pl_module).algorithm.name
         if not sys.stderr.isatty():
@@ -241,18 +278,21 @@ class RoundProgress(L.Callback):
             TextColumn("{task.fields[status]}"),
         ]
         self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
-        total = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
-        self._task = self._bar.add_task(self.name, total=total, completed=trainer.current_epoch, status="")
+        self._task = self._bar.add_task(
+            self.name, total=planned_rounds(trainer), completed=trainer.current_epoch, status=""
+        )
         self._bar.start()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Move it."""
-        done, total = trainer.current_epoch + 1, trainer.max_epochs or 0
+        done, total, now = trainer.current_epoch + 1, planned_rounds(trainer) or 0, time.perf_counter()
         status = self._status(trainer)
+        late = self._told is None or now - self._told >= SILENCE
         if self._bar is not None:
             self._bar.update(self._task, completed=done, status=status)
-        elif total < 10 or done == total or done % max(1, total // 10) == 0:
+        elif late or 0 < total < 10 or done == total or done % max(1, total // 10) == 0:
             print(f"{self.name}: round {done}/{total if total > 0 else '?'}  {status}", file=sys.stderr, flush=True)
+            self._told = now
 
     @staticmethod
     def _status(trainer: L.Trainer) -> str:

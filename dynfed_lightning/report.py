@@ -150,9 +150,12 @@ def summarise(run_dir: str | Path | Run) -> str:
     rows: list[tuple[str, str]] = [("run", run.label), ("method", str(s.get("method", "?")))]
     rows += [(k, str(s[k])) for k in ("dataset", "model", "num_clients", "seed") if s.get(k) is not None]
     rows.append(("rounds", str(int(rounds[-1])) if rounds.size else "0"))
-    rows.append(
-        ("accuracy", f"{_percent(run.final_accuracy())} (mean of the last 5), {_percent(run.best_accuracy())} best")
-    )
+    judged = run.accuracy[np.isfinite(run.accuracy)]
+    if judged.size:
+        mean = f"{_percent(run.final_accuracy())} (mean of the last {min(5, judged.size)})"
+        rows.append(("accuracy", f"{_percent(judged[-1])} at the end, {mean}, {_percent(run.best_accuracy())} best"))
+    else:
+        rows.append(("accuracy", "-"))
     for way, total in (("up", run.megabytes_up), ("down", run.megabytes_down)):
         rows.append((f"sent {way}", f"{_mb(total[-1] if total.size else math.nan)} MB"))
     if np.isfinite(bits).any():

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+from dynfed_lightning import __version__
 from dynfed_lightning.cli import describe, fit, main, one_line, slug
 from dynfed_lightning.config import load
 
@@ -40,6 +41,25 @@ def test_unwritable_folder_is_found_before_training(
         assert main(["fit", *words(tiny("a", algorithm="FedAvg"), "--out", str(out))]) == 2
         assert f"Expected `out` to be a folder to write to, but {out}" in capsys.readouterr().err
         assert main(["compare", str(tiny("a", algorithm="FedAvg")), "--out", str(out)]) == 2
+
+
+@pytest.mark.parametrize("where", ["here", "beside"])
+def test_the_users_own_module_is_found(where: str, tmp_path: Path, tiny: Callable[..., Path]) -> None:
+    """The installed script starts with its own folder on sys.path, not the current one."""
+    file = tiny("a", algorithm="FedAvg")
+    (tmp_path / "empty").mkdir()
+    code = "from dynfed_lightning.models import MLP\nfrom dynfed_lightning import ClientModule\n"
+    (tmp_path / "mymod.py").write_text(code + "class Net(ClientModule):\n    pass\n")
+    entry = f"import sys; sys.path.append({str(ROOT)!r}); from dynfed_lightning.cli import main; sys.exit(main())"
+    command = [sys.executable, "-I", "-c", entry, "fit", "--print-config", *words(file)]
+    command += ["--module.class_path", "mymod.Net", "--module.init_args", "{model: {class_path: MLP, init_args: "]
+    command[-1] += "{in_features: 64, hidden: [8]}}}"
+    cwd = tmp_path if where == "here" else tmp_path / "empty"
+    if where == "here":
+        command[command.index(str(file))] = str(file.rename(tmp_path / "empty" / "a.yaml"))
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "class_path: mymod.Net" in done.stdout
 
 
 def test_one_line() -> None:
@@ -148,6 +168,78 @@ def test_interrupted(
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
+def test_a_run_that_does_not_start_leaves_the_folder_as_it_was(
+    tmp_path: Path, tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "run"
+    trainer = {
+        "max_epochs": 2,
+        "callbacks": [{"class_path": "ModelCheckpoint", "init_args": {"dirpath": str(tmp_path), "filename": "end"}}],
+    }
+    file = tiny("a", algorithm="DynFed", trainer=trainer, out=str(out))
+    wrong = ["--data.public", "null"], ["--data.dataset", "digitz"], ["--algorithm.distillation", "nonsense"]
+    for options in wrong:
+        assert main(["fit", *words(file, *options)]) == 2
+        assert not out.parent.exists(), options
+    assert main(["fit", *words(file)]) == 0
+    before = {p: p.read_bytes() for p in out.rglob("*.*")}
+    for options in (*wrong, ["--ckpt", "nowhere"]):
+        assert main(["fit", *words(file, *options)]) == 2
+        assert {p: p.read_bytes() for p in out.rglob("*.*")} == before, options
+    capsys.readouterr()
+    assert main(["fit", *words(file, "--ckpt", str(tmp_path / "end.ckpt"))]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("dynfed: no round left to run, ")
+    assert captured.err.count("\n") == 1 and f"{out} is as it was" in captured.err
+    assert {p: p.read_bytes() for p in out.rglob("*.*")} == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("junk", "is no checkpoint of Lightning's (torch.load cannot read it)."),
+        ("tensor", "is no checkpoint of Lightning's (it has no `state_dict`)."),
+        ("plain", "was made by something else than a Federation"),
+        ("safetensors", "holds weights alone (safetensors)"),
+        ("--module.model.hidden=[9]", "is of another model: `model.features.1.weight` is 8 x 64, not 9 x 64."),
+        ("--algorithm=FedProx", "was made with algorithm 'FedAvg', not 'FedProx'."),
+        ("--seed=7", "was made with seed 3, not 7."),
+    ],
+)
+def test_a_checkpoint_of_something_else(
+    kind: str, message: str, tmp_path: Path, tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = {"dirpath": str(tmp_path), "filename": "end"}
+    trainer = {"max_epochs": 1, "callbacks": [{"class_path": "ModelCheckpoint", "init_args": place}]}
+    file, ckpt = tiny("a", algorithm="FedAvg", trainer=trainer, out=str(tmp_path / "run")), tmp_path / "x.ckpt"
+    if kind == "junk":
+        ckpt.write_bytes(b"junk" * 100)
+    elif kind == "tensor":
+        torch.save(torch.zeros(3), ckpt)
+    elif kind == "plain":
+        torch.save({"state_dict": {}}, ckpt)
+    else:
+        assert main(["fit", *words(file)]) == 0
+        ckpt = tmp_path / ("run/model.safetensors" if kind == "safetensors" else "end.ckpt")
+    capsys.readouterr()
+    more = [kind] if kind.startswith("--") else []
+    assert main(["fit", *words(file, "--ckpt", str(ckpt), "--trainer.max_epochs", "2", *more)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "Expected `ckpt` to be a checkpoint of this federation, but" in error and message in error
+
+
+def test_plots_of_an_earlier_run_do_not_stay(
+    tmp_path: Path, tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(["fit", *words(tiny("a", algorithm="DynFed", out=str(out)))]) == 0
+    capsys.readouterr()
+    assert main(["fit", *words(tiny("b", algorithm="FedAvg", out=str(out)))]) == 0
+    assert [p.name for p in (out / "plots").iterdir()] == ["accuracy.png"]
+    assert capsys.readouterr().out.count(".png") == 1
+
+
 # ------------------------------------------------------------ inspect and report
 
 
@@ -188,6 +280,12 @@ def test_inspect_of_something_else(data: bytes, tmp_path: Path, capsys: pytest.C
     assert "is neither a payload" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match="Expected `file` to be a file"):
         describe(tmp_path / "gone")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"dynfed {__version__}\n"
 
 
 def test_help_is_quick_and_complete() -> None:

@@ -67,12 +67,13 @@ def test_compare_goes_on_after_a_failure(
 def test_compare_in_processes(tmp_path: Path, tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     """Two at a time; one dies, its last line is the reason; the other's weights are those of a run in this process."""
     good = tiny("good", algorithm="FedAvg")
-    bad = tiny("bad", algorithm={"class_path": "DynFed", "init_args": {"distillation": "nonsense"}})
+    rate = {"init_args": {"lr": 1e30}}
+    bad = tiny("bad", algorithm="FedAvg", module=rate)
     out = tmp_path / "all"
-    assert main(["compare", str(good), str(bad), "--out", str(out), "--jobs", "2"]) == 1
+    assert main(["compare", str(good), str(bad), "--out", str(out), "--jobs", "2", "--allow-different"]) == 1
     captured = capsys.readouterr()
     assert "good, seed 3: done" in captured.out and "bad, seed 3: failed" in captured.out
-    assert "nonsense" in captured.err
+    assert "RoundFailure" in captured.err
     folder = out / "good" / "seed3"
     assert {p.name for p in folder.iterdir()} == FOLDER | {"log.txt"}
     here = fit({**load([good]), "out": str(tmp_path / "here")})
@@ -86,6 +87,9 @@ def test_compare_in_processes(tmp_path: Path, tiny: Callable[..., Path], capsys:
         ({"data": {"batch_size": 8}}, "data.batch_size"),
         ({"trainer": {"max_epochs": 3}}, "trainer.max_epochs"),
         ({"module": {"init_args": {"lr": 0.2}}}, "module.init_args.lr"),
+        ({"local": {"init_args": {"max_steps": 5}}}, "local.init_args.max_steps"),
+        ({"local": "loop"}, "local"),
+        ({"federation": {"min_clients": 2}}, "federation.min_clients"),
     ],
 )
 def test_compare_refuses_what_differs(
@@ -97,6 +101,37 @@ def test_compare_refuses_what_differs(
     assert not (tmp_path / "all").exists()
     items = compare.plan(files, tmp_path / "all", allow_different=True)
     assert [i.out.name for i in items] == ["seed3", "seed3"]
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "message"),
+    [
+        (["--baseline", "FedAvg"], {}, "Expected `baseline` to be one of ['a', 'b'], but got 'FedAvg'."),
+        (["--target", "70"], {}, "Expected `target` to be an accuracy in (0, 1], but got 70."),
+        (["--target", "0"], {}, "Expected `target` to be an accuracy in (0, 1], but got 0."),
+        (["--seeds", "0", "-1"], {}, "Expected `seeds` to be integers of at least 0, but got -1."),
+        ([], {"algorithm": {"class_path": "FedPAQ", "init_args": {"bits": 9}}}, "Expected `bits`"),
+        ([], {"algorithm": {"class_path": "DynFed", "init_args": {"distillation": "nonsense"}}}, "nonsense"),
+        (["--data.partitioner.alpha", "-1"], {}, "a: Expected `alpha` to be a finite number above 0"),
+        (["--data.public", "null"], {"algorithm": "DynFed"}, "b: Expected a public set, since DynFed distils"),
+        (["--local.max_steps", "0"], {}, "Expected `max_steps`"),
+    ],
+)
+def test_compare_finds_wrong_arguments_before_training(
+    options: list[str],
+    changes: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    tiny: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lightning.Trainer.fit", lambda *a, **k: pytest.fail("trained"))
+    files = [str(tiny("a", algorithm="FedAvg")), str(tiny("b", **{"algorithm": "FedProx", **changes}))]
+    assert main(["compare", *files, "--out", str(tmp_path / "all"), *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "all").exists()
 
 
 def test_compare_needs_distinct_names_and_sane_numbers(

@@ -120,7 +120,7 @@ def test_unwritable_folder_is_found_before_training(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     trainer = outer(1, callbacks=[RunRecorder(tmp_path / "file" / "run")])
     federation = Federation(client_module(), FedAvg(), local="loop")
-    with pytest.raises(OSError, match="Expected `out` to be a writable folder"):
+    with pytest.raises(OSError, match="Expected `out` to be a folder to write to"):
         trainer.fit(federation, datamodule=data_module())
     assert federation.last_round is None
 
@@ -128,8 +128,18 @@ def test_unwritable_folder_is_found_before_training(tmp_path: Path) -> None:
 def test_progress_prints_a_line_every_tenth(capsys: pytest.CaptureFixture[str]) -> None:
     run(Federation(client_module(), FedPAQ(4), local="loop"), rounds=20, callbacks=[RoundProgress("job")])
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("job:")]
-    assert len(lines) == 10 and lines[-1].startswith("job: round 20/20  accuracy 0.")
+    assert (
+        len(lines) == 11
+        and lines[0].startswith("job: round 1/20  ")
+        and lines[-1].startswith("job: round 20/20  accuracy 0.")
+    )
     assert "4.00 bits" in lines[-1] and "MB" in lines[-1]
+
+
+def test_progress_is_never_silent_for_long(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dynfed_lightning.recorder.SILENCE", 0.0)
+    run(Federation(client_module(), FedAvg(), local="loop"), rounds=20, callbacks=[RoundProgress("job")])
+    assert capsys.readouterr().err.count("job: round") == 20
 
 
 def test_needs_a_federation() -> None:

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,7 +87,7 @@ def test_summary_text(tmp_path: Path) -> None:
     lines = dict(line.split(None, 1) for line in summarise(tmp_path / "a").splitlines())
     assert summarise(run) == summarise(tmp_path / "a")
     assert lines["rounds"] == "2"
-    assert lines["accuracy"] == "62.50 % (mean of the last 5), 75.00 % best"
+    assert lines["accuracy"] == "75.00 % at the end, 62.50 % (mean of the last 2), 75.00 % best"
     assert lines["bits"] == "4.00 on average, 2 to 6"
     assert "sent up" in summarise(run) and "4 MB" in summarise(run) and "8 MB" in summarise(run)
     assert "1 client rounds: 1 nan_loss, 2 payload" in summarise(run)
@@ -198,6 +199,50 @@ def test_figure_of_a_comparison(comparison: Comparison, tmp_path: Path) -> None:
 def test_figure_where_nothing_was_sent(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / "a", [0.5, 0.6], 0, name="Local")]
     assert plots.plot_comparison(Comparison.of(runs), tmp_path / "c.png").is_file()
+
+
+def drawn(comparison: Comparison, path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The figure of a comparison, as an object."""
+    figures: list[Any] = []
+    save = plots._save
+    monkeypatch.setattr(plots, "_save", lambda figure, file: figures.append(figure) or save(figure, file))
+    plots.plot_comparison(comparison, path)
+    return figures[0]
+
+
+def test_names_stand_in_the_order_of_the_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Up` ends above `Down` although its mean of the last three rounds is below."""
+    runs = [
+        write_run(tmp_path / "u", [0.1, 0.2, 0.9], 10, name="Up"),
+        write_run(tmp_path / "d", [0.8, 0.8, 0.5], 10, name="Down"),
+    ]
+    figure = drawn(Comparison.of(runs, last=3), tmp_path / "c.png", monkeypatch)
+    names = {t.get_text(): t.get_position()[1] for t in figure.axes[1].texts}
+    assert set(names) == {"Up  40.0", "Down  70.0"}
+    assert names["Up  40.0"] > names["Down  70.0"]
+    assert "numbers: mean of the last 3 rounds" in figure.get_suptitle()
+    one = drawn(Comparison.of(runs, last=1), tmp_path / "c.png", monkeypatch)
+    assert {t.get_text() for t in one.axes[1].texts} == {"Up  90.0", "Down  50.0"}
+    assert "numbers: the last round" in one.get_suptitle()
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+def test_a_comparison_of_few_rounds_can_be_read(rounds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [write_run(tmp_path / n, [0.5, 0.6, 0.7][:rounds], 10**6 * i, name=n) for i, n in enumerate("abc")]
+    figure = drawn(Comparison.of(runs), tmp_path / "c.png", monkeypatch)
+    for ax in figure.axes:
+        curves = [line for line in ax.lines if line.get_marker() == "o"]
+        assert len(curves) == (2 if ax is figure.axes[0] else 3)  # `a` sent nothing
+    low, high = figure.axes[1].get_xlim()
+    assert low < 1 <= rounds <= high < rounds + 1
+    assert list(figure.axes[1].get_xticks()) == list(range(1, rounds + 1))
+    low, high = figure.axes[0].get_xlim()
+    assert 0 < low < 1 and high > 2 * rounds and high >= 4 * low
+
+
+def test_figure_where_one_seed_was_never_judged(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "a", [0.5, 0.6], 10), write_run(tmp_path / "b", [None, None], 10)]
+    assert plots.plot_comparison(Comparison.of(runs, target=0.5), tmp_path / "c.png").is_file()
 
 
 def test_labels_are_pushed_apart() -> None:
