@@ -401,10 +401,7 @@ class Federation(L.LightningModule):
         """Everything a resumed run needs to go on as if it had not stopped, readable with ``weights_only=True``."""
         server, _ = self._ready()
         checkpoint["federation"] = {
-            "algorithm": self.algorithm.name,
-            "seed": self.seed,
-            "split": self._split,
-            "schema": self.runtime.uplink_schema.hash,
+            **self._identity(),
             "server": server.state,
             "clients": self.store.state_dict(),
             "downlink": self._sender.state_dict(),
@@ -429,12 +426,7 @@ class Federation(L.LightningModule):
 
     def _restore(self, saved: dict[str, Any]) -> None:
         server, _ = self._ready()
-        mine = {
-            "algorithm": self.algorithm.name,
-            "seed": self.seed,
-            "split": self._split,
-            "schema": self.runtime.uplink_schema.hash,
-        }
+        mine = self._identity()
         for name, value in mine.items():
             if saved[name] != value:
                 raise ValueError(f"Expected a checkpoint with {name} {value!r}, but it was made with {saved[name]!r}.")
@@ -445,6 +437,11 @@ class Federation(L.LightningModule):
         if saved["last_round"] is not None:
             clients = [ClientRecord(**c) for c in saved["last_round"]["clients"]]
             self.last_round = RoundRecord(**{**saved["last_round"], "clients": clients})
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint and the run that resumes it must have in common."""
+        schema = self.runtime.uplink_schema.hash
+        return {"algorithm": self.algorithm.name, "seed": self.seed, "split": self._split, "schema": schema}
 
     def _ready(self) -> tuple[Server, Transport]:
         if self.server is None or self.transport is None:

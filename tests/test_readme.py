@@ -74,3 +74,15 @@ def test_pictures_files_and_links_exist() -> None:
         assert (ROOT / "dynfed_lightning" / name).is_file(), name
     for name in re.findall(r"benchmarks/configs/[\w-]+\.yaml", TEXT):
         assert (ROOT / name).is_file(), name
+
+
+def test_the_configuration_runs(tmp_path: Path) -> None:
+    pytest.importorskip("jsonargparse")
+    pytest.importorskip("sklearn")
+    from dynfed_lightning.cli import main
+
+    (block,) = re.findall(r"```yaml\n(.*?)```", TEXT, flags=re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(block)
+    out = tmp_path / "run"
+    assert main(["fit", "-c", str(tmp_path / "mine.yaml"), "--trainer.max_epochs", "2", "--out", str(out)]) == 0
+    assert (out / "summary.json").is_file()
