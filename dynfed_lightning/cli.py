@@ -156,14 +156,19 @@ def finish(config: dict[str, Any]) -> dict[str, Any]:
         "num_sanity_val_steps": 0,
         **config.get("trainer", {}),
     }
-    callbacks = trainer.get("callbacks") or []
-    if not any("Checkpoint" in str(c.get("class_path", "")) for c in callbacks if isinstance(c, dict)):
+    callbacks = trainer.get("callbacks") or []  # a name, a class_path with its init_args, or a list of those
+    named = [c.get("class_path", "") if isinstance(c, dict) else c for c in _listed(callbacks)]
+    if not any("Checkpoint" in str(name) for name in named):
         trainer.setdefault("enable_checkpointing", False)
     dataset = config["data"].get("dataset")
     out = str(config.get("out") or f"runs/{slug(f'{dataset} {name}' if isinstance(dataset, str) else name)}")
     trainer.setdefault("default_root_dir", out)
     data = {"seed": seed, **config["data"]}
     return {**config, "seed": seed, "name": name, "out": out, "trainer": trainer, "data": data}
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def slug(name: str) -> str:

@@ -316,3 +316,23 @@ def test_every_configuration_runs(file: Path, tmp_path: Path, monkeypatch: pytes
     out = fit(load([file], [*short, "--out", str(tmp_path / "run")]))
     summary = json.loads((out / "summary.json").read_text())
     assert summary["rounds"] == 1 and 0 <= summary["accuracy"] <= 1
+
+
+def test_a_run_resumes_from_the_checkpoint_it_kept(tmp_path: Path) -> None:
+    """As the README says it."""
+    out = tmp_path / "run"
+    words = [
+        "fit",
+        "-c",
+        str(CONFIGS / "digits-dynfed.yaml"),
+        "--trainer.callbacks",
+        "ModelCheckpoint",
+        "--out",
+        str(out),
+    ]
+    assert main([*words, "--trainer.max_epochs", "2"]) == 0
+    (kept,) = out.glob("checkpoints/*.ckpt")
+    assert main([*words, "--trainer.max_epochs", "3", "--ckpt", str(kept)]) == 0
+    rounds = (out / "rounds.csv").read_text().splitlines()[1:]
+    assert [row.split(",")[0] for row in rounds] == ["1", "2", "3"]
+    assert json.loads((out / "summary.json").read_text())["rounds"] == 3
