@@ -400,3 +400,31 @@ def test_a_downlink_that_cannot_work_is_found_before_training() -> None:
     with pytest.raises(ValueError, match="Expected the server to instruct `bits`"):
         run(federation)
     assert federation.last_round is None
+
+
+def test_what_the_distillation_is_given() -> None:
+    """Start at the sample-weighted mean, teachers w_hat_k, the bits and steps of the payloads, everybody's label counts."""
+    seen: list[dict[str, Any]] = []
+
+    class Spy(Distillation):
+        def run(self, module: Any, teachers: Any, start: Any, public: Any, ctx: Any, **kwargs: Any) -> Any:
+            seen.append({"teachers": teachers, "start": start, "ctx": ctx, **kwargs})
+            return super().run(module, teachers, start, public, ctx, **kwargs)
+
+    federation = Federation(client_module(), DynFed(bits=4, distillation=Spy("balanced")), local="loop")
+    data = data_module(5, skewed(5), public=30, clients_per_round=2)
+    run(federation, data, rounds=4)
+    heard: set[int] = set()
+    for t, given in enumerate(seen):
+        cohort = data.sample_cohort(t)
+        heard |= set(cohort)
+        n = [data.client(k).num_examples for k in cohort]
+        for name, start in given["start"].items():
+            mean = sum(w * x[name].double() for w, x in zip(n, given["teachers"], strict=True)) / sum(n)
+            torch.testing.assert_close(start.double(), mean, rtol=0, atol=1e-6)
+        assert given["ctx"].num_examples.tolist() == n and given["ctx"].bits.tolist() == [4.0, 4.0]
+        assert given["ctx"].label_counts.tolist() == [data.client(k).label_counts().tolist() for k in cohort]
+        everyone = sum(data.client(k).label_counts() for k in heard)
+        assert given["ctx"].class_prior.tolist() == everyone.tolist()
+        assert all(float(s["model.0.weight"].max()) > 0 for s in given["steps"])
+    assert len(heard) > 2  # more than one cohort, so the two kinds of counts differ

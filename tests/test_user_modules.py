@@ -372,3 +372,9 @@ def test_more_clients_needed_than_there_are() -> None:
         run(Federation(client_module(), local="loop", min_clients=9))
     with pytest.raises(TypeError, match="Expected `seed` to be an integer, but got '7'"):
         Federation(client_module(), seed="7")  # type: ignore[arg-type]
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(L.Trainer, "world_size", property(lambda self: 2))
+    with pytest.raises(ValueError, match="Expected one process in the outer Trainer, but got 2: pass `devices=1`"):
+        run(Federation(client_module(), local="loop"))
