@@ -1,7 +1,7 @@
-"""Which implementation of the low-bit operations runs: choosing a backend, and loading the C++ kernels.
+"""Which implementation of the low-bit operations runs: choosing a backend, and loading the compiled kernels.
 
-A backend is a module with the functions ``pack``, ``unpack``, ``quantize_pack``, ``unpack_dequantize`` and ``accumulate``
-of `dynfed_lightning._reference`, on flat contiguous tensors. To add one, write such a module and name it in `choose`.
+A backend is a module with the functions of `OPERATIONS`, as `dynfed_lightning._reference` has them: on flat contiguous tensors
+of one device, filling what they are given. To add one, write such a module and name it in `_load` and `OWNERS`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +18,23 @@ import torch
 from . import _reference
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+OPERATIONS = (
+    "pack",
+    "unpack",
+    "quantize_pack",
+    "unpack_dequantize",
+    "accumulate",
+    "quantize_pack_table",
+    "unpack_dequantize_table",
+    "accumulate_table",
+    "rotate",
+)
+# Per device and operation the backends that `auto` takes, the first that can run here. CUDA C++ owns all of them on a GPU until
+# a measurement there says otherwise.
+OWNERS: dict[str, dict[str, tuple[str, ...]]] = {
+    "cpu": dict.fromkeys(OPERATIONS, ("cpu",)),
+    "cuda": dict.fromkeys(OPERATIONS, ("cuda", "triton")),
+}
 INSTRUCTION_SETS = {"auto": 0, "scalar": 1, "avx2": 2, "avx512": 3}
 
 
@@ -32,49 +50,62 @@ def requested() -> str:
     return name
 
 
-def choose(device: torch.device) -> ModuleType:
-    """The backend for tensors on `device`. An explicit choice fails loudly; ``auto`` falls back, and says so once.
+def choose(operation: str, device: torch.device) -> ModuleType:
+    """The backend of an operation for tensors on `device`. An explicit choice fails loudly; ``auto`` falls back and says so.
 
     Raises:
         ValueError: ``DYNFED_BACKEND`` names no backend, or one that cannot work on `device`.
         RuntimeError: ``DYNFED_BACKEND`` names a backend that this build or machine does not have.
     """
     name = requested()
-    if name == "reference":
+    if name == "reference" or device.type == "meta":
         return _reference
-    if name in ("triton", "cuda"):
-        raise RuntimeError(
-            f"Expected `DYNFED_BACKEND` to be a backend of this build (auto, reference, cpu), but got {name!r}: "
-            f"its kernels are not available."
-        )
-    if name == "cpu":
-        if device.type != "cpu":
-            raise ValueError(f"Expected tensors on the CPU with DYNFED_BACKEND=cpu, but got {device}.")
-        reason = load_error()
+    if name != "auto":
+        if device.type not in _devices(name):
+            raise ValueError(
+                f"Expected tensors on {' or '.join(_devices(name))} with DYNFED_BACKEND={name}, but got {device}."
+            )
+        reason = missing(name)
         if reason:
-            raise RuntimeError(f"Expected the C++ kernels to be built with DYNFED_BACKEND=cpu, but {reason}.")
-        return _cpu()
-    if device.type == "cpu" and not load_error():
-        return _cpu()
-    if device.type != "meta":
-        _say_once(device.type)
+            raise RuntimeError(
+                f"Expected `DYNFED_BACKEND` to be a backend that can run here, but got {name!r}: {reason}."
+            )
+        return _load(name)
+    for owner in OWNERS.get(device.type, {}).get(operation, ()):
+        if missing(owner) is None:
+            return _load(owner)
+    _say_once(device.type)
     return _reference
+
+
+def _devices(name: str) -> tuple[str, ...]:
+    """The device types that a backend takes tensors of; Triton's interpreter takes those on the CPU."""
+    if name == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        return ("cuda", "cpu")
+    return ("cpu",) if name == "cpu" else ("cuda",)
+
+
+@cache
+def missing(name: str) -> str | None:
+    """Why a backend cannot run on this machine; None if it can."""
+    return load_error() if name == "cpu" else _load(name).available()
+
+
+@cache
+def _load(name: str) -> ModuleType:
+    return import_module(f"{__package__}._ops_{name}")
 
 
 @cache
 def _say_once(device_type: str) -> None:
-    if device_type == "cpu":
-        why = f"The C++ kernels of dynfed_lightning are missing ({load_error()})"
+    if device_type in OWNERS:
+        names = dict.fromkeys(name for owners in OWNERS[device_type].values() for name in owners)
+        reasons = "; ".join(f"{name}: {missing(name)}" for name in names)
+        why = f"The kernels of dynfed_lightning for {device_type!r} tensors are missing ({reasons})"
     else:
-        why = f"This build of dynfed_lightning has no kernels for {device_type!r} tensors"
+        why = f"dynfed_lightning has no kernels for {device_type!r} tensors"
     text = f"{why}; the PyTorch reference is used: same results, many times slower."
     warnings.warn(text, RuntimeWarning, stacklevel=2)
-
-
-def _cpu() -> ModuleType:
-    from . import _ops_cpu
-
-    return _ops_cpu
 
 
 @cache
@@ -109,10 +140,10 @@ def instruction_set() -> int:
     return wanted
 
 
-def describe(device: torch.device | str = "cpu") -> str:
-    """What would run for tensors on `device`, for a report: ``"cpu (avx512)"`` or ``"reference"``."""
-    backend = choose(torch.device(device))
-    if backend is _reference:
-        return "reference"
+def describe(device: torch.device | str = "cpu", operation: str = "quantize_pack") -> str:
+    """What would run for tensors on `device`, for a report: ``"cpu (avx512)"``, ``"cuda"`` or ``"reference"``."""
+    name = choose(operation, torch.device(device)).__name__.rpartition("._")[2].removeprefix("ops_")
+    if name != "cpu":
+        return name
     level = instruction_set() or torch.ops.dynfed_lightning_cpu.best_isa()
     return f"cpu ({next(n for n, v in INSTRUCTION_SETS.items() if v == level)})"

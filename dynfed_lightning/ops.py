@@ -1,9 +1,10 @@
-"""Low-bit operations on whole flattened updates: pack, quantise, dequantise, accumulate. The one door to the kernels.
+"""Low-bit operations on whole flattened updates: pack, quantise, dequantise, accumulate, rotate. The one door to the kernels.
 
-Every backend returns the same bits, so a result does not depend on the machine it was computed on. The environment
-variable ``DYNFED_BACKEND`` chooses one (``auto``, ``reference``, ``cpu``; ``triton`` and ``cuda`` are not in this build) and
-``DYNFED_CPU_ISA`` an instruction set of the C++ kernels (``auto``, ``scalar``, ``avx2``, ``avx512``). All operations are
-registered under ``torch.ops.dynfed_lightning`` and work under ``torch.compile(fullgraph=True)``. None is differentiable.
+Every backend returns the same bits, so a result does not depend on the machine it was computed on. The environment variable
+``DYNFED_BACKEND`` chooses one (``auto``, ``reference``, ``cpu``, ``cuda``, ``triton``) and ``DYNFED_CPU_ISA`` an instruction set
+of the C++ kernels (``auto``, ``scalar``, ``avx2``, ``avx512``, ``avx512vbmi``). All operations are registered under
+``torch.ops.dynfed_lightning`` and work under ``torch.compile(fullgraph=True)``; on a GPU they run on torch's current stream,
+without waiting for it, and can be captured in a CUDA graph. None is differentiable.
 
 What the codes mean, for ``bits = b``, a bucket's largest magnitude ``amax`` and ``L = 2**(b-1) - 1`` (QSGD, Alistarh et
 al., NeurIPS 2017, eq. 3, with the maximum for the norm; DynFed, He et al., ACM MM 2025, eq. 3):
@@ -11,6 +12,9 @@ al., NeurIPS 2017, eq. 3, with the maximum for the norm; DynFed, He et al., ACM 
 * scale ``amax / L``; code ``floor(x / scale + u) + 2**(b-1)`` with ``u`` uniform in [0, 1) (``u = 1/2`` for nearest);
 * value ``(code - 2**(b-1)) * scale``. Stochastic rounding is unbiased: the mean value is ``x``;
 * one bit is the sign, its scale the mean magnitude, its value ``(2 * code - 1) * scale``: biased, and without randomness;
+* rounding ``"eden"`` (EDEN, Vargaftik et al., ICML 2022, section 3.1) rounds to the nearest multiple of a step proportional to
+  the root mean square, clamps to the levels there are, and has the scale ``sum(x**2) / sum(x * level)``. After `rotate` it is
+  unbiased, with an error several times smaller than stochastic rounding's; without, it is neither;
 * a bucket with NaN or infinity gets a NaN scale (no code is promised); one below 1e-30 throughout counts as zero.
 
 Example:
@@ -30,37 +34,46 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._ops_backends import choose, describe
+from ._ops_backends import describe
+from ._ops_checks import (
+    INPUT_DTYPES,
+    MAX_ELEMENTS,
+    ROUNDINGS,
+    check_bucket,
+    check_device,
+    check_int,
+    check_lengths,
+    check_out,
+    check_packed,
+    check_scales,
+    check_tensor,
+    check_weight,
+    num_buckets,
+    packed_size,
+    rounding_number,
+    signed_seed,
+)
+from ._ops_layout import Layout
+from ._ops_register import OPERATORS as _OPS
+from ._ops_table import dequantize_accumulate_table, quantize_pack_table, rotate, unpack_dequantize_table
 
 __all__ = [
+    "ROUNDINGS",
+    "Layout",
     "backend",
     "dequantize_accumulate",
     "dequantize_accumulate_many",
+    "dequantize_accumulate_table",
     "num_buckets",
     "pack",
     "packed_size",
     "quantize_pack",
+    "quantize_pack_table",
+    "rotate",
     "unpack",
     "unpack_dequantize",
+    "unpack_dequantize_table",
 ]
-
-INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_ELEMENTS = 1 << 59  # n * bits stays within 63 bits
-MAX_BUCKET = 1 << 31
-ROUNDINGS = ("stochastic", "nearest")
-
-
-# ---- what a person calls: every argument is checked here, in the same words for every backend ----
-
-
-def packed_size(n: int, bits: int) -> int:
-    """Bytes of `n` packed codes: ``ceil(n * bits / 8)``."""
-    return (n * bits + 7) // 8
-
-
-def num_buckets(n: int, bucket: int) -> int:
-    """How many scales `n` values have: ``ceil(n / bucket)``."""
-    return (n + bucket - 1) // bucket
 
 
 def backend(device: torch.device | str = "cpu") -> str:
@@ -68,12 +81,13 @@ def backend(device: torch.device | str = "cpu") -> str:
     return describe(device)
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
+def pack(codes: Tensor, bits: int, *, out: Tensor | None = None) -> Tensor:
     """Pack codes into a bitstream, least significant bit first: 8 codes make `bits` bytes.
 
     Args:
         codes: uint8, any shape, values below ``2**bits``; taken in row-major order as n codes.
         bits: 1 to 8.
+        out: where to write it; undefined after an error.
 
     Returns:
         uint8 ``[ceil(n * bits / 8)]``; unused bits of the last byte are zero.
@@ -81,19 +95,27 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     Raises:
         ValueError: `bits` out of range, or a code of ``2**bits`` or more.
         TypeError: `codes` is not a uint8 tensor.
+
+    On a GPU the check of the codes waits for the kernel; while a CUDA graph is captured there is none, and the upper bits of
+    too large a code are dropped.
     """
-    _check_int("bits", bits, 1, 8)
-    _check_tensor("codes", codes, (torch.uint8,))
-    return torch.ops.dynfed_lightning.pack(codes, bits)
+    check_int("bits", bits, 1, 8)
+    check_tensor("codes", codes, (torch.uint8,))
+    if out is None:
+        return _OPS.pack(codes, bits)
+    check_out("out", out, torch.uint8, packed_size(codes.numel(), bits), "codes", codes)
+    _OPS.pack_out(codes, bits, out)
+    return out
 
 
-def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
+def unpack(packed: Tensor, bits: int, n: int, *, out: Tensor | None = None) -> Tensor:
     """The inverse of `pack`.
 
     Args:
         packed: uint8 ``[ceil(n * bits / 8)]``.
         bits: 1 to 8.
         n: the number of codes.
+        out: where to write them.
 
     Returns:
         uint8 ``[n]``.
@@ -102,14 +124,25 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
         ValueError: `bits` or `n` out of range, or `packed` not of the size they give.
         TypeError: `packed` is not a uint8 tensor.
     """
-    _check_int("bits", bits, 1, 8)
-    _check_int("n", n, 0, MAX_ELEMENTS)
-    _check_packed("packed", packed, n, bits)
-    return torch.ops.dynfed_lightning.unpack(packed, bits, n)
+    check_int("bits", bits, 1, 8)
+    check_int("n", n, 0, MAX_ELEMENTS)
+    check_packed("packed", packed, n, bits)
+    if out is None:
+        return _OPS.unpack(packed, bits, n)
+    check_out("out", out, torch.uint8, n, "packed", packed)
+    _OPS.unpack_out(packed, bits, out)
+    return out
 
 
 def quantize_pack(
-    x: Tensor, bits: int, bucket: int = 512, seed: int = 0, offset: int = 0, rounding: str = "stochastic"
+    x: Tensor,
+    bits: int,
+    bucket: int = 512,
+    seed: int = 0,
+    offset: int = 0,
+    rounding: str = "stochastic",
+    *,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Quantise `x` in buckets, each with its own scale, and pack the codes: one pass over the input.
 
@@ -122,7 +155,9 @@ def quantize_pack(
         bucket: values that share a scale: a positive multiple of 8. The last bucket may be shorter.
         seed: 0 to ``2**64 - 1``.
         offset: global index of the first value, 0 to ``2**62``. In a table of tensors: the running count rounded up to 8.
-        rounding: ``"stochastic"`` (unbiased) or ``"nearest"`` (ties upwards). Ignored for one bit.
+        rounding: ``"stochastic"`` (unbiased), ``"nearest"`` (ties upwards) or ``"eden"`` (for rotated vectors; `bucket` at most
+            65536). Without effect on one-bit codes.
+        out: ``(packed, scales)`` to write to.
 
     Returns:
         ``(packed, scales)``: uint8 ``[ceil(n * bits / 8)]`` and float32 ``[ceil(n / bucket)]``, on the device of `x`.
@@ -131,18 +166,24 @@ def quantize_pack(
         ValueError: `bits`, `bucket`, `seed`, `offset` out of range, or an unknown `rounding`.
         TypeError: `x` is not a tensor of one of the three dtypes, or an argument is not an integer.
     """
-    _check_int("bits", bits, 1, 8)
-    _check_bucket(bucket)
-    _check_int("seed", seed, 0, 2**64 - 1)
-    _check_int("offset", offset, 0, 2**62)
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"Expected `rounding` to be one of {', '.join(ROUNDINGS)}, but got {rounding!r}.")
-    _check_tensor("x", x, INPUT_DTYPES)
-    signed = seed - 2**64 if seed >= 2**63 else seed  # operator arguments are signed 64-bit integers
-    return torch.ops.dynfed_lightning.quantize_pack(x.detach(), bits, bucket, signed, offset, rounding == "stochastic")
+    check_int("bits", bits, 1, 8)
+    check_bucket(bucket)
+    signed = signed_seed(seed)
+    check_int("offset", offset, 0, 2**62)
+    number = rounding_number(rounding, bucket)
+    check_tensor("x", x, INPUT_DTYPES)
+    if out is None:
+        return _OPS.quantize_pack(x.detach(), bits, bucket, signed, offset, number)
+    packed, scales = out
+    check_out("out[0]", packed, torch.uint8, packed_size(x.numel(), bits), "x", x)
+    check_out("out[1]", scales, torch.float32, num_buckets(x.numel(), bucket), "x", x)
+    _OPS.quantize_pack_out(x.detach(), bits, bucket, signed, offset, number, packed, scales)
+    return out
 
 
-def unpack_dequantize(packed: Tensor, scales: Tensor, bits: int, bucket: int, n: int) -> Tensor:
+def unpack_dequantize(
+    packed: Tensor, scales: Tensor, bits: int, bucket: int, n: int, *, out: Tensor | None = None
+) -> Tensor:
     """The values that `quantize_pack`'s result stands for.
 
     Args:
@@ -151,6 +192,7 @@ def unpack_dequantize(packed: Tensor, scales: Tensor, bits: int, bucket: int, n:
         bits: 1 to 8.
         bucket: a positive multiple of 8.
         n: the number of values.
+        out: where to write them.
 
     Returns:
         float32 ``[n]``.
@@ -159,13 +201,17 @@ def unpack_dequantize(packed: Tensor, scales: Tensor, bits: int, bucket: int, n:
         ValueError: a number out of range, or a tensor not of the size they give, or on another device.
         TypeError: a tensor of another dtype.
     """
-    _check_int("bits", bits, 1, 8)
-    _check_bucket(bucket)
-    _check_int("n", n, 0, MAX_ELEMENTS)
-    _check_packed("packed", packed, n, bits)
-    _check_scales("scales", scales, n, bucket)
-    _check_device("scales", scales, "packed", packed)
-    return torch.ops.dynfed_lightning.unpack_dequantize(packed, scales.detach(), bits, bucket, n)
+    check_int("bits", bits, 1, 8)
+    check_bucket(bucket)
+    check_int("n", n, 0, MAX_ELEMENTS)
+    check_packed("packed", packed, n, bits)
+    check_scales("scales", scales, n, bucket)
+    check_device("scales", scales, "packed", packed)
+    if out is None:
+        return _OPS.unpack_dequantize(packed, scales.detach(), bits, bucket, n)
+    check_out("out", out, torch.float32, n, "packed", packed)
+    _OPS.unpack_dequantize_out(packed, scales.detach(), bits, bucket, out.detach())
+    return out
 
 
 def dequantize_accumulate(out: Tensor, packed: Tensor, scales: Tensor, bits: int, bucket: int, weight: float) -> Tensor:
@@ -218,157 +264,17 @@ def dequantize_accumulate_many(
         ValueError: lists of different lengths, or as `dequantize_accumulate`.
         TypeError: as `dequantize_accumulate`.
     """
-    _check_bucket(bucket)
-    _check_tensor("out", out, (torch.float32,))
-    lengths = (len(packed), len(scales), len(bits), len(weights))
-    if len(set(lengths)) > 1:
-        raise ValueError(
-            f"Expected `packed`, `scales`, `bits`, `weights` to be lists of one length, but got lengths {lengths}."
-        )
+    check_bucket(bucket)
+    check_tensor("out", out, (torch.float32,))
+    check_lengths(packed=packed, scales=scales, bits=bits, weights=weights)
     for p, s, b, w in zip(packed, scales, bits, weights, strict=True):
-        _check_int("bits", b, 1, 8)
-        if not isinstance(w, (int, float)) or isinstance(w, bool):
-            raise TypeError(f"Expected `weight` to be a number, but got {type(w).__name__}.")
-        if not abs(w) <= 3.4028234663852886e38:
-            raise ValueError(f"Expected `weight` to be a finite float32, but got {w}.")
-        _check_packed("packed", p, out.numel(), b)
-        _check_scales("scales", s, out.numel(), bucket)
-        _check_device("packed", p, "out", out)
-        _check_device("scales", s, "out", out)
-    torch.ops.dynfed_lightning.dequantize_accumulate_many(
+        check_int("bits", b, 1, 8)
+        check_weight(w)
+        check_packed("packed", p, out.numel(), b)
+        check_scales("scales", s, out.numel(), bucket)
+        check_device("packed", p, "out", out)
+        check_device("scales", s, "out", out)
+    _OPS.dequantize_accumulate_many(
         out.detach(), list(packed), [s.detach() for s in scales], list(bits), bucket, [float(w) for w in weights]
     )
     return out
-
-
-def _check_int(name: str, value: int, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"Expected `{name}` to be an integer, but got {type(value).__name__}.")
-    if not low <= value <= high:
-        raise ValueError(f"Expected `{name}` to be an integer from {low} to {high}, but got {value}.")
-
-
-def _check_bucket(bucket: int) -> None:
-    _check_int("bucket", bucket, 1, MAX_BUCKET)
-    if bucket % 8:
-        raise ValueError(f"Expected `bucket` to be a positive multiple of 8, but got {bucket}.")
-
-
-def _check_tensor(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    allowed = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-    if not isinstance(value, Tensor):
-        raise TypeError(f"Expected `{name}` to be a tensor of {allowed}, but got {type(value).__name__}.")
-    if value.dtype not in dtypes:
-        raise TypeError(f"Expected `{name}` to be a tensor of {allowed}, but got {value.dtype}.")
-    if value.layout != torch.strided:
-        raise TypeError(f"Expected `{name}` to be a dense tensor, but got layout {value.layout}.")
-
-
-def _check_packed(name: str, value: Tensor, n: int, bits: int) -> None:
-    _check_tensor(name, value, (torch.uint8,))
-    size = packed_size(n, bits)
-    if value.numel() != size:
-        raise ValueError(
-            f"Expected `{name}` to hold {size} bytes for {n} codes of {bits} bits, but got {value.numel()}."
-        )
-
-
-def _check_scales(name: str, value: Tensor, n: int, bucket: int) -> None:
-    _check_tensor(name, value, (torch.float32,))
-    size = num_buckets(n, bucket)
-    if value.numel() != size:
-        raise ValueError(f"Expected `{name}` to hold {size} values, one per {bucket} of {n}, but got {value.numel()}.")
-
-
-def _check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
-    if value.device != other.device:
-        raise ValueError(
-            f"Expected `{name}` to be on the device of `{other_name}` ({other.device}), but got {value.device}."
-        )
-
-
-# ---- registration: one schema, one kernel and one fake each; the kernel asks `choose` for the backend at run time ----
-
-_LIBRARY = torch.library.Library("dynfed_lightning", "DEF")  # lives as long as the process
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x.contiguous().reshape(-1)
-
-
-def _pack(codes: Tensor, bits: int) -> Tensor:
-    return choose(codes.device).pack(_flat(codes), bits)
-
-
-def _pack_fake(codes: Tensor, bits: int) -> Tensor:
-    return codes.new_empty(packed_size(codes.numel(), bits))
-
-
-def _unpack(packed: Tensor, bits: int, n: int) -> Tensor:
-    return choose(packed.device).unpack(_flat(packed), bits, n)
-
-
-def _unpack_fake(packed: Tensor, bits: int, n: int) -> Tensor:
-    return packed.new_empty(n)
-
-
-def _quantize_pack(
-    x: Tensor, bits: int, bucket: int, seed: int, offset: int, stochastic: bool
-) -> tuple[Tensor, Tensor]:
-    return choose(x.device).quantize_pack(_flat(x), bits, bucket, seed, offset, stochastic)
-
-
-def _quantize_pack_fake(
-    x: Tensor, bits: int, bucket: int, seed: int, offset: int, stochastic: bool
-) -> tuple[Tensor, Tensor]:
-    packed = x.new_empty(packed_size(x.numel(), bits), dtype=torch.uint8)
-    return packed, x.new_empty(num_buckets(x.numel(), bucket), dtype=torch.float32)
-
-
-def _unpack_dequantize(packed: Tensor, scales: Tensor, bits: int, bucket: int, n: int) -> Tensor:
-    return choose(packed.device).unpack_dequantize(_flat(packed), _flat(scales), bits, bucket, n)
-
-
-def _unpack_dequantize_fake(packed: Tensor, scales: Tensor, bits: int, bucket: int, n: int) -> Tensor:
-    return scales.new_empty(n)
-
-
-def _accumulate_many(
-    out: Tensor, packed: list[Tensor], scales: list[Tensor], bits: list[int], bucket: int, weights: list[float]
-) -> None:
-    target = _flat(out)  # shares memory with `out` unless that is not contiguous
-    choose(out.device).accumulate(target, [_flat(p) for p in packed], [_flat(s) for s in scales], bits, bucket, weights)
-    if not out.is_contiguous():
-        out.copy_(target.view(out.shape))
-
-
-def _accumulate_many_fake(
-    out: Tensor, packed: list[Tensor], scales: list[Tensor], bits: list[int], bucket: int, weights: list[float]
-) -> None:
-    return None
-
-
-for _schema, _kernel, _fake in (
-    ("pack(Tensor codes, int bits) -> Tensor", _pack, _pack_fake),
-    ("unpack(Tensor packed, int bits, SymInt n) -> Tensor", _unpack, _unpack_fake),
-    (
-        "quantize_pack(Tensor x, int bits, int bucket, SymInt seed, SymInt offset, bool stochastic) -> (Tensor, Tensor)",
-        _quantize_pack,
-        _quantize_pack_fake,
-    ),
-    (
-        "unpack_dequantize(Tensor packed, Tensor scales, int bits, int bucket, SymInt n) -> Tensor",
-        _unpack_dequantize,
-        _unpack_dequantize_fake,
-    ),
-    (
-        "dequantize_accumulate_many(Tensor(a!) out, Tensor[] packed, Tensor[] scales, int[] bits, int bucket, "
-        "float[] weights) -> ()",
-        _accumulate_many,
-        _accumulate_many_fake,
-    ),
-):
-    _name = _schema.split("(")[0]
-    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"dynfed_lightning::{_name}", _fake, lib=_LIBRARY)
