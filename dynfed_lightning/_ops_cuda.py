@@ -1,0 +1,86 @@
+"""The CUDA C++ kernels as a backend: hands flat buffers on an NVIDIA GPU to ``_C`` (see ``csrc/cuda``).
+
+Every operation runs on the current stream of torch, and none but `pack` waits for the device: all may be captured into a CUDA
+graph. Tables of tensors are read on the host and travel as kernel parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ._ops_backends import load_error
+
+_C = torch.ops.dynfed_lightning_cuda
+CAPABILITY = (8, 0)  # the oldest GPU the kernels are compiled for
+
+
+@cache
+def available() -> str | None:
+    """None if the kernels can run here, else a sentence that says why not."""
+    reason = load_error()
+    if reason:
+        return reason
+    if not hasattr(_C, "quantize_pack"):
+        return "the C++ kernels were built without CUDA; DYNFED_CUDA=1 shows why"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    found = torch.cuda.get_device_capability()
+    if found < CAPABILITY:
+        return f"the kernels need compute capability {CAPABILITY[0]}.{CAPABILITY[1]}, but this GPU has {found[0]}.{found[1]}"
+    return None
+
+
+def pack(codes: Tensor, bits: int, out: Tensor) -> int | None:
+    """As the reference; None during the capture of a CUDA graph, where the codes cannot be looked at."""
+    seen = torch.zeros(1, dtype=torch.int32, device=codes.device)
+    _C.pack(codes, out, seen, bits)
+    return None if torch.cuda.is_current_stream_capturing() else int(seen)
+
+
+def unpack(packed: Tensor, bits: int, out: Tensor) -> None:
+    _C.unpack(packed, out, bits)
+
+
+def quantize_pack(
+    x: Tensor, bits: int, bucket: int, seed: int, offset: int, rounding: int, packed: Tensor, scales: Tensor
+) -> None:
+    _C.quantize_pack(x, packed, scales, bits, bucket, seed, offset, rounding)
+
+
+def unpack_dequantize(packed: Tensor, scales: Tensor, bits: int, bucket: int, out: Tensor) -> None:
+    _C.unpack_dequantize(out, packed, scales, bits, bucket)
+
+
+def accumulate(
+    out: Tensor,
+    packed: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    bits: Sequence[int],
+    bucket: int,
+    weights: Sequence[float],
+) -> None:
+    _C.accumulate(out, list(packed), list(scales), list(bits), bucket, list(weights))
+
+
+def quantize_pack_table(
+    x: Sequence[Tensor], table: Tensor, seed: int, rounding: int, packed: Tensor, scales: Tensor
+) -> None:
+    _C.quantize_pack_table(list(x), table, packed, scales, seed, rounding)
+
+
+def unpack_dequantize_table(packed: Tensor, scales: Tensor, table: Tensor, out: Sequence[Tensor]) -> None:
+    _C.unpack_dequantize_table(list(out), packed, scales, table)
+
+
+def accumulate_table(
+    out: Tensor, packed: Sequence[Tensor], scales: Sequence[Tensor], tables: Sequence[Tensor], weights: Sequence[float]
+) -> None:
+    _C.accumulate_table(out, list(packed), list(scales), list(tables), list(weights))
+
+
+def rotate(x: Tensor, table: Tensor, block: int, seed: int, inverse: bool) -> None:
+    _C.rotate(x, table, block, seed, inverse)
