@@ -1,7 +1,7 @@
 // The CPU kernels as torch operators, through torch's stable ABI: one binary for torch 2.11 and every later one.
 //
-// Namespace `dynfed_lightning_cpu` is private: dynfed_lightning/_ops_cpu.py allocates the outputs and calls it, ops.py checks the
-// arguments. The checks below only keep a wrong call from touching memory that is not the tensor's. `isa`: 0 is the best.
+// Namespace `dynfed_lightning_cpu` is private: dynfed_lightning/_ops_cpu.py calls it, ops.py has checked the arguments. The checks
+// below only keep a wrong call from touching memory that is not the tensor's. `isa`: 0 is the best this CPU has.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -12,16 +12,19 @@
 #include <atomic>
 #include <vector>
 
+#include "core/eden.h"
+#include "core/rotate.h"
+#include "core/table.h"
 #include "cpu/kernels.h"
 
 namespace {
 
+using dynfed::kBlock;
 using dynfed::Kernels;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kBlock = 64;                // ranges of elements begin at multiples of it
-constexpr int64_t kElementsPerThread = 32768; // about 10 us of work; less is not worth waking a thread
+constexpr int64_t kElementsPerThread = 32768;  // about 10 us of work; less is not worth waking a thread
 
 int64_t best_isa() {
 #ifdef DYNFED_X86
@@ -29,10 +32,11 @@ int64_t best_isa() {
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c") ||
         !__builtin_cpu_supports("bmi2"))
-        return 1;
-    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    return wide ? 3 : 2;
+      return 1;
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
+        !__builtin_cpu_supports("avx512vl"))
+      return 2;
+    return __builtin_cpu_supports("avx512vbmi") ? 4 : 3;
   }();
   return best;
 #else
@@ -44,6 +48,7 @@ const Kernels& kernels(int64_t isa) {
   STD_TORCH_CHECK(isa >= 0 && isa <= best_isa(), "Expected `isa` to be from 0 to ", best_isa(), ", but got ", isa, ".");
 #ifdef DYNFED_X86
   const int64_t level = isa == 0 ? best_isa() : isa;
+  if (level == 4) return dynfed::kAvx512VbmiKernels;
   if (level == 3) return dynfed::kAvx512Kernels;
   if (level == 2) return dynfed::kAvx2Kernels;
 #endif
@@ -52,9 +57,18 @@ const Kernels& kernels(int64_t isa) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
+int64_t packed_size(int64_t n, int64_t bits) { return ceil_div(n * bits, 8); }
+
+// ---- tensors and rows as the kernels take them ----
+
+void check_buffer(const char* name, const Tensor& t, ScalarType dtype) {
+  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == dtype, "Expected `", name,
+                  "` to be a contiguous CPU tensor of the right type.");
+}
+
 void check_buffer(const char* name, const Tensor& t, ScalarType dtype, int64_t size) {
-  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == dtype && t.numel() == size, "Expected `", name,
-                  "` to be a contiguous CPU tensor of the right type with ", size, " elements, but got ", t.numel(), ".");
+  check_buffer(name, t, dtype);
+  STD_TORCH_CHECK(t.numel() == size, "Expected `", name, "` to have ", size, " elements, but got ", t.numel(), ".");
 }
 
 void check_numbers(int64_t bits, int64_t bucket) {
@@ -62,23 +76,103 @@ void check_numbers(int64_t bits, int64_t bucket) {
   STD_TORCH_CHECK(bucket > 0 && bucket % 8 == 0, "Expected `bucket` to be a positive multiple of 8, but got ", bucket, ".");
 }
 
-template <class F>
-void for_elements(int64_t n, const F& f) {
-  torch::stable::parallel_for(0, ceil_div(n, kBlock), kElementsPerThread / kBlock, [&](int64_t begin, int64_t end) {
-    f(begin * kBlock, std::min(end * kBlock, n));
-  });
+dynfed::Rounding checked_rounding(int64_t rounding) {
+  STD_TORCH_CHECK(rounding >= 0 && rounding <= 2, "Expected `rounding` to be from 0 to 2, but got ", rounding, ".");
+  return dynfed::Rounding(rounding);
 }
+
+void check_bucket(int64_t bucket, dynfed::Rounding rounding) {
+  STD_TORCH_CHECK(rounding != dynfed::Rounding::kEden || bucket <= dynfed::kEdenBucket, "Expected `bucket` to be at most ",
+                  dynfed::kEdenBucket, " with EDEN's rounding, but got ", bucket, ".");
+}
+
+struct Input {
+  const char* data;
+  int64_t n;
+  dynfed::DType dtype;
+  int64_t item_size;
+};
+
+Input input(const Tensor& x) {
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+                  "Expected `x` to be a tensor of float32, bfloat16 or float16.");
+  check_buffer("x", x, type);
+  const auto dtype = type == ScalarType::Float      ? dynfed::DType::kFloat32
+                     : type == ScalarType::BFloat16 ? dynfed::DType::kBFloat16
+                                                    : dynfed::DType::kFloat16;
+  return {static_cast<const char*>(x.const_data_ptr()), x.numel(), dtype, type == ScalarType::Float ? 4 : 2};
+}
+
+struct Row {
+  int64_t start, length, bits, bucket, offset, packed, scales;
+};
+static_assert(sizeof(Row) == dynfed::kTableColumns * sizeof(int64_t), "a row of a table is read as it lies in memory");
+
+struct Rows {
+  const Row* data;
+  int64_t count;
+  const Row* begin() const { return data; }
+  const Row* end() const { return data + count; }
+};
+
+Rows rows(const Tensor& table) {
+  check_buffer("table", table, ScalarType::Long);
+  STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == dynfed::kTableColumns, "Expected `table` to have ", dynfed::kTableColumns,
+                  " columns.");
+  return {static_cast<const Row*>(table.const_data_ptr()), table.size(0)};
+}
+
+// The row's values lie within a tensor of n values; a comparison per number, none of which overflows.
+void check_values(const Row& r, int64_t n) {
+  STD_TORCH_CHECK(r.length >= 0 && r.length <= n && r.start >= 0 && r.start <= n - r.length, "Expected a row of `table` to lie within ",
+                  n, " values, but it has start ", r.start, " and length ", r.length, ".");
+  STD_TORCH_CHECK(r.offset >= 0 && r.offset % 8 == 0, "Expected a row's `offset` to be a multiple of 8, but got ", r.offset, ".");
+}
+
+// The row's payload lies within arenas of `bytes` bytes and `scales` scales; its length has been checked.
+void check_payload(const Row& r, int64_t bytes, int64_t scales) {
+  check_numbers(r.bits, r.bucket);
+  const int64_t size = packed_size(r.length, r.bits), buckets = ceil_div(r.length, r.bucket);
+  STD_TORCH_CHECK(r.packed >= 0 && size <= bytes && r.packed <= bytes - size && r.scales >= 0 && buckets <= scales &&
+                      r.scales <= scales - buckets,
+                  "Expected a row's payload to lie within ", bytes, " bytes and ", scales, " scales, but it has ", size,
+                  " bytes from ", r.packed, " and ", buckets, " scales from ", r.scales, ".");
+}
+
+// Lays items on the line of kernels.h, one after the other.
+class Line {
+ public:
+  int64_t add(int64_t n) {
+    const int64_t before = length_;
+    length_ += ceil_div(n, kBlock) * kBlock;
+    return before;
+  }
+  // Shares [0, length) between torch's threads.
+  template <class F>
+  void run(const F& f) const {
+    torch::stable::parallel_for(0, length_ / kBlock, kElementsPerThread / kBlock,
+                                [&](int64_t begin, int64_t end) { f(begin * kBlock, end * kBlock); });
+  }
+
+ private:
+  int64_t length_ = 0;
+};
+
+// ---- one vector ----
 
 int64_t pack(const Tensor& codes, const Tensor& packed, int64_t bits, int64_t isa) {
   check_numbers(bits, 8);
   const int64_t n = codes.numel();
   check_buffer("codes", codes, ScalarType::Byte, n);
-  check_buffer("packed", packed, ScalarType::Byte, ceil_div(n * bits, 8));
+  check_buffer("packed", packed, ScalarType::Byte, packed_size(n, bits));
   const Kernels& k = kernels(isa);
   const auto* in = static_cast<const uint8_t*>(codes.const_data_ptr());
   auto* out = static_cast<uint8_t*>(packed.mutable_data_ptr());
   std::atomic<unsigned> seen{0};
-  for_elements(n, [&](int64_t begin, int64_t end) { seen |= k.pack(in, out, int(bits), begin, end); });
+  Line line;
+  line.add(n);
+  line.run([&](int64_t begin, int64_t end) { seen |= k.pack(in, out, int(bits), begin, std::min(end, n)); });
   return seen;
 }
 
@@ -86,80 +180,205 @@ void unpack(const Tensor& packed, const Tensor& codes, int64_t bits, int64_t isa
   check_numbers(bits, 8);
   const int64_t n = codes.numel();
   check_buffer("codes", codes, ScalarType::Byte, n);
-  check_buffer("packed", packed, ScalarType::Byte, ceil_div(n * bits, 8));
+  check_buffer("packed", packed, ScalarType::Byte, packed_size(n, bits));
   const Kernels& k = kernels(isa);
   const auto* in = static_cast<const uint8_t*>(packed.const_data_ptr());
   auto* out = static_cast<uint8_t*>(codes.mutable_data_ptr());
-  for_elements(n, [&](int64_t begin, int64_t end) { k.unpack(in, out, int(bits), n, begin, end); });
+  Line line;
+  line.add(n);
+  line.run([&](int64_t begin, int64_t end) { k.unpack(in, out, int(bits), n, begin, std::min(end, n)); });
 }
 
 void quantize_pack(const Tensor& x, const Tensor& packed, const Tensor& scales, int64_t bits, int64_t bucket, int64_t seed,
-                   int64_t offset, bool stochastic, int64_t isa) {
+                   int64_t offset, int64_t rounding, int64_t isa) {
   check_numbers(bits, bucket);
-  const int64_t n = x.numel(), buckets = ceil_div(n, bucket);
-  const ScalarType type = x.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
-                  "Expected `x` to be a tensor of float32, bfloat16 or float16.");
-  check_buffer("x", x, type, n);
-  check_buffer("packed", packed, ScalarType::Byte, ceil_div(n * bits, 8));
-  check_buffer("scales", scales, ScalarType::Float, buckets);
+  const dynfed::Rounding how = checked_rounding(rounding);
+  check_bucket(bucket, how);
+  const Input in = input(x);
+  check_buffer("packed", packed, ScalarType::Byte, packed_size(in.n, bits));
+  check_buffer("scales", scales, ScalarType::Float, ceil_div(in.n, bucket));
   const Kernels& k = kernels(isa);
-  dynfed::QuantizeArgs args;
-  args.x = x.const_data_ptr();
-  args.dtype = type == ScalarType::Float      ? dynfed::DType::kFloat32
-               : type == ScalarType::BFloat16 ? dynfed::DType::kBFloat16
-                                              : dynfed::DType::kFloat16;
-  args.n = n;
-  args.bits = int(bits);
-  args.bucket = bucket;
-  args.seed = uint64_t(seed);
-  args.offset = uint64_t(offset);
-  args.stochastic = stochastic;
-  args.packed = static_cast<uint8_t*>(packed.mutable_data_ptr());
-  args.scales = static_cast<float*>(scales.mutable_data_ptr());
-  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / bucket);
-  torch::stable::parallel_for(0, buckets, grain, [&](int64_t begin, int64_t end) { k.quantize(args, begin, end); });
+  Line line;
+  const dynfed::QuantizeItem item{line.add(in.n), in.n,    bucket,
+                                  uint64_t(offset), int(bits), in.dtype,
+                                  in.data,        static_cast<uint8_t*>(packed.mutable_data_ptr()),
+                                  static_cast<float*>(scales.mutable_data_ptr())};
+  const dynfed::QuantizeArgs args{&item, 1, uint64_t(seed), how};
+  line.run([&](int64_t begin, int64_t end) { k.quantize(args, begin, end); });
 }
 
+// All clients' payloads of one vector.
 std::vector<dynfed::Payload> payloads(const std::vector<Tensor>& packed, const std::vector<Tensor>& scales,
-                                      const std::vector<int64_t>& bits, const std::vector<double>& weights, int64_t n,
-                                      int64_t bucket) {
+                                      const std::vector<int64_t>& bits, int64_t n, int64_t bucket) {
   const size_t count = packed.size();
-  STD_TORCH_CHECK(scales.size() == count && bits.size() == count && weights.size() == count,
-                  "Expected `packed`, `scales`, `bits`, `weights` to be lists of one length.");
+  STD_TORCH_CHECK(scales.size() == count && bits.size() == count, "Expected lists of one length.");
   std::vector<dynfed::Payload> result(count);
   for (size_t i = 0; i < count; ++i) {
     check_numbers(bits[i], bucket);
-    check_buffer("packed", packed[i], ScalarType::Byte, ceil_div(n * bits[i], 8));
+    check_buffer("packed", packed[i], ScalarType::Byte, packed_size(n, bits[i]));
     check_buffer("scales", scales[i], ScalarType::Float, ceil_div(n, bucket));
-    result[i].packed = static_cast<const uint8_t*>(packed[i].const_data_ptr());
-    result[i].scales = static_cast<const float*>(scales[i].const_data_ptr());
-    result[i].bits = int(bits[i]);
-    result[i].weight = float(weights[i]);
+    result[i] = {static_cast<const uint8_t*>(packed[i].const_data_ptr()), static_cast<const float*>(scales[i].const_data_ptr()),
+                 int(bits[i])};
   }
   return result;
 }
 
-void unpack_dequantize(const Tensor& out, const Tensor& packed, const Tensor& scales, int64_t bits, int64_t bucket, int64_t isa) {
+void unpack_dequantize(const Tensor& packed, const Tensor& scales, const Tensor& out, int64_t bits, int64_t bucket, int64_t isa) {
   const int64_t n = out.numel();
-  check_numbers(bits, bucket);
   check_buffer("out", out, ScalarType::Float, n);
-  const auto one = payloads({packed}, {scales}, {bits}, {1.0}, n, bucket);
+  const auto one = payloads({packed}, {scales}, {bits}, n, bucket);
   const Kernels& k = kernels(isa);
-  const dynfed::DequantizeArgs args{static_cast<float*>(out.mutable_data_ptr()), n, bucket, one.data(), 1};
-  for_elements(n, [&](int64_t begin, int64_t end) { k.dequantize(args, begin, end); });
+  Line line;
+  const dynfed::DequantizeItem item{line.add(n), n, bucket, static_cast<float*>(out.mutable_data_ptr()), one.data()};
+  const dynfed::DequantizeArgs args{&item, 1, nullptr, 1};
+  line.run([&](int64_t begin, int64_t end) { k.dequantize(args, begin, end); });
 }
+
+std::vector<float> floats(const std::vector<double>& weights) { return {weights.begin(), weights.end()}; }
 
 void accumulate(const Tensor& out, std::vector<Tensor> packed, std::vector<Tensor> scales, std::vector<int64_t> bits,
                 int64_t bucket, std::vector<double> weights, int64_t isa) {
   const int64_t n = out.numel();
   check_numbers(1, bucket);
   check_buffer("out", out, ScalarType::Float, n);
-  const auto clients = payloads(packed, scales, bits, weights, n, bucket);
+  STD_TORCH_CHECK(weights.size() == packed.size(), "Expected lists of one length.");
+  const auto clients = payloads(packed, scales, bits, n, bucket);
+  const auto factors = floats(weights);
   const Kernels& k = kernels(isa);
-  const dynfed::DequantizeArgs args{static_cast<float*>(out.mutable_data_ptr()), n, bucket, clients.data(),
-                                    int64_t(clients.size())};
-  for_elements(n, [&](int64_t begin, int64_t end) { k.accumulate(args, begin, end); });
+  Line line;
+  const dynfed::DequantizeItem item{line.add(n), n, bucket, static_cast<float*>(out.mutable_data_ptr()), clients.data()};
+  const dynfed::DequantizeArgs args{&item, 1, factors.data(), int64_t(clients.size())};
+  line.run([&](int64_t begin, int64_t end) { k.accumulate(args, begin, end); });
+}
+
+// ---- the rows of a table ----
+
+// A list of one tensor is the flat vector; else there is a tensor per row, and the row's `start` means nothing.
+template <class F>
+void for_members(const std::vector<Tensor>& tensors, const Rows& table, const F& f) {
+  if (tensors.size() == 1) {
+    for (int64_t i = 0; i < table.count; ++i) f(tensors[0], table.data[i], i);
+    return;
+  }
+  STD_TORCH_CHECK(int64_t(tensors.size()) == table.count, "Expected a tensor per row of `table`, but got ", tensors.size(), " and ",
+                  table.count, " rows.");
+  for (int64_t i = 0; i < table.count; ++i) {
+    Row row = table.data[i];
+    row.start = 0;
+    STD_TORCH_CHECK(tensors[i].numel() == row.length, "Expected a tensor of ", row.length, " values, but got ", tensors[i].numel(), ".");
+    f(tensors[i], row, i);
+  }
+}
+
+void quantize_pack_table(std::vector<Tensor> x, const Tensor& table, int64_t seed, int64_t rounding, const Tensor& packed,
+                         const Tensor& scales, int64_t isa) {
+  const Rows all = rows(table);
+  const dynfed::Rounding how = checked_rounding(rounding);
+  check_buffer("packed", packed, ScalarType::Byte);
+  check_buffer("scales", scales, ScalarType::Float);
+  auto* const bytes = static_cast<uint8_t*>(packed.mutable_data_ptr());
+  auto* const factors = static_cast<float*>(scales.mutable_data_ptr());
+  const int64_t byte_count = packed.numel(), factor_count = scales.numel();
+  const Kernels& k = kernels(isa);
+  std::vector<dynfed::QuantizeItem> items(all.count);
+  Line line;
+  Input in{};
+  for_members(x, all, [&](const Tensor& tensor, const Row& r, int64_t i) {
+    if (i == 0 || x.size() > 1) in = input(tensor);
+    check_values(r, in.n);
+    check_payload(r, byte_count, factor_count);
+    check_bucket(r.bucket, how);
+    items[i] = {line.add(r.length), r.length, r.bucket, uint64_t(r.offset), int(r.bits), in.dtype,
+                in.data + r.start * in.item_size, bytes + r.packed, factors + r.scales};
+  });
+  const dynfed::QuantizeArgs args{items.data(), all.count, uint64_t(seed), how};
+  line.run([&](int64_t begin, int64_t end) { k.quantize(args, begin, end); });
+}
+
+void unpack_dequantize_table(const Tensor& packed, const Tensor& scales, const Tensor& table, std::vector<Tensor> out, int64_t isa) {
+  const Rows all = rows(table);
+  check_buffer("packed", packed, ScalarType::Byte);
+  check_buffer("scales", scales, ScalarType::Float);
+  const auto* const bytes = static_cast<const uint8_t*>(packed.const_data_ptr());
+  const auto* const factors = static_cast<const float*>(scales.const_data_ptr());
+  const int64_t byte_count = packed.numel(), factor_count = scales.numel();
+  const Kernels& k = kernels(isa);
+  std::vector<dynfed::Payload> sources(all.count);
+  std::vector<dynfed::DequantizeItem> items(all.count);
+  Line line;
+  float* values = nullptr;
+  int64_t n = 0;
+  for_members(out, all, [&](const Tensor& tensor, const Row& r, int64_t i) {
+    if (i == 0 || out.size() > 1) {
+      check_buffer("out", tensor, ScalarType::Float);
+      values = static_cast<float*>(tensor.mutable_data_ptr());
+      n = tensor.numel();
+    }
+    check_values(r, n);
+    check_payload(r, byte_count, factor_count);
+    sources[i] = {bytes + r.packed, factors + r.scales, int(r.bits)};
+    items[i] = {line.add(r.length), r.length, r.bucket, values + r.start, &sources[i]};
+  });
+  const dynfed::DequantizeArgs args{items.data(), all.count, nullptr, 1};
+  line.run([&](int64_t begin, int64_t end) { k.dequantize(args, begin, end); });
+}
+
+void accumulate_table(const Tensor& out, std::vector<Tensor> packed, std::vector<Tensor> scales, std::vector<Tensor> tables,
+                      std::vector<double> weights, int64_t isa) {
+  const int64_t clients = int64_t(packed.size()), n = out.numel();
+  STD_TORCH_CHECK(scales.size() == packed.size() && tables.size() == packed.size() && weights.size() == packed.size(),
+                  "Expected lists of one length.");
+  check_buffer("out", out, ScalarType::Float, n);
+  const Kernels& k = kernels(isa);
+  if (clients == 0) return;
+  const Rows first = rows(tables[0]);
+  auto* const values = static_cast<float*>(out.mutable_data_ptr());
+  std::vector<dynfed::Payload> sources(first.count * clients);
+  std::vector<dynfed::DequantizeItem> items(first.count);
+  Line line;
+  for (int64_t i = 0; i < first.count; ++i) {
+    const Row& r = first.data[i];
+    check_values(r, n);
+    items[i] = {line.add(r.length), r.length, r.bucket, values + r.start, &sources[i * clients]};
+  }
+  for (int64_t c = 0; c < clients; ++c) {
+    const Rows all = rows(tables[c]);
+    STD_TORCH_CHECK(all.count == first.count, "Expected tables of ", first.count, " rows, but got one of ", all.count, ".");
+    check_buffer("packed", packed[c], ScalarType::Byte);
+    check_buffer("scales", scales[c], ScalarType::Float);
+    const auto* const bytes = static_cast<const uint8_t*>(packed[c].const_data_ptr());
+    const auto* const factors = static_cast<const float*>(scales[c].const_data_ptr());
+    const int64_t byte_count = packed[c].numel(), factor_count = scales[c].numel();
+    for (int64_t i = 0; i < all.count; ++i) {
+      const Row &r = all.data[i], &f = first.data[i];
+      STD_TORCH_CHECK(r.start == f.start && r.length == f.length && r.bucket == f.bucket,
+                      "Expected all tables to have the same starts, lengths and buckets, but row ", i, " differs.");
+      check_payload(r, byte_count, factor_count);
+      sources[i * clients + c] = {bytes + r.packed, factors + r.scales, int(r.bits)};
+    }
+  }
+  const auto factors = floats(weights);
+  const dynfed::DequantizeArgs args{items.data(), first.count, factors.data(), clients};
+  line.run([&](int64_t begin, int64_t end) { k.accumulate(args, begin, end); });
+}
+
+void rotate(const Tensor& x, const Tensor& table, int64_t block, int64_t seed, bool inverse, int64_t isa) {
+  const Rows all = rows(table);
+  const int64_t n = x.numel();
+  check_buffer("x", x, ScalarType::Float, n);
+  STD_TORCH_CHECK(block >= 1 && block <= dynfed::kRotateBlock && (block & (block - 1)) == 0,
+                  "Expected `block` to be a power of two up to ", dynfed::kRotateBlock, ", but got ", block, ".");
+  auto* const values = static_cast<float*>(x.mutable_data_ptr());
+  const Kernels& k = kernels(isa);
+  std::vector<dynfed::RotateItem> items(all.count);
+  Line line;
+  for (int64_t i = 0; i < all.count; ++i) {
+    const Row& r = all.data[i];
+    check_values(r, n);
+    items[i] = {line.add(r.length), r.length, dynfed::rotate_size(r.length, block), uint64_t(r.offset) >> 3, values + r.start};
+  }
+  const dynfed::RotateArgs args{items.data(), all.count, uint64_t(seed), inverse};
+  line.run([&](int64_t begin, int64_t end) { k.rotate(args, begin, end); });
 }
 
 }  // namespace
@@ -169,9 +388,13 @@ STABLE_TORCH_LIBRARY(dynfed_lightning_cpu, m) {
   m.def("pack(Tensor codes, Tensor(a!) packed, int bits, int isa) -> int");
   m.def("unpack(Tensor packed, Tensor(a!) codes, int bits, int isa) -> ()");
   m.def("quantize_pack(Tensor x, Tensor(a!) packed, Tensor(b!) scales, int bits, int bucket, int seed, int offset, "
-        "bool stochastic, int isa) -> ()");
-  m.def("unpack_dequantize(Tensor(a!) out, Tensor packed, Tensor scales, int bits, int bucket, int isa) -> ()");
+        "int rounding, int isa) -> ()");
+  m.def("unpack_dequantize(Tensor packed, Tensor scales, Tensor(a!) out, int bits, int bucket, int isa) -> ()");
   m.def("accumulate(Tensor(a!) out, Tensor[] packed, Tensor[] scales, int[] bits, int bucket, float[] weights, int isa) -> ()");
+  m.def("quantize_pack_table(Tensor[] x, Tensor table, int seed, int rounding, Tensor(a!) packed, Tensor(b!) scales, int isa) -> ()");
+  m.def("unpack_dequantize_table(Tensor packed, Tensor scales, Tensor table, Tensor(a!)[] out, int isa) -> ()");
+  m.def("accumulate_table(Tensor(a!) out, Tensor[] packed, Tensor[] scales, Tensor[] tables, float[] weights, int isa) -> ()");
+  m.def("rotate(Tensor(a!) x, Tensor table, int block, int seed, bool inverse, int isa) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dynfed_lightning_cpu, CompositeExplicitAutograd, m) { m.impl("best_isa", TORCH_BOX(&best_isa)); }
@@ -182,4 +405,8 @@ STABLE_TORCH_LIBRARY_IMPL(dynfed_lightning_cpu, CPU, m) {
   m.impl("quantize_pack", TORCH_BOX(&quantize_pack));
   m.impl("unpack_dequantize", TORCH_BOX(&unpack_dequantize));
   m.impl("accumulate", TORCH_BOX(&accumulate));
+  m.impl("quantize_pack_table", TORCH_BOX(&quantize_pack_table));
+  m.impl("unpack_dequantize_table", TORCH_BOX(&unpack_dequantize_table));
+  m.impl("accumulate_table", TORCH_BOX(&accumulate_table));
+  m.impl("rotate", TORCH_BOX(&rotate));
 }

@@ -35,7 +35,7 @@ OWNERS: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": dict.fromkeys(OPERATIONS, ("cpu",)),
     "cuda": dict.fromkeys(OPERATIONS, ("cuda", "triton")),
 }
-INSTRUCTION_SETS = {"auto": 0, "scalar": 1, "avx2": 2, "avx512": 3}
+INSTRUCTION_SETS = {"auto": 0, "scalar": 1, "avx2": 2, "avx512": 3, "avx512vbmi": 4}
 
 
 def requested() -> str:

@@ -1,14 +1,18 @@
-// Runs every CPU kernel under the sanitizers: buffers of exactly the promised size, awkward sizes, all widths and dtypes, and
-// every instruction set against the scalar one. Built and run by test_csrc.py; prints the number of cases.
+// Runs every CPU kernel under the sanitizers: buffers of exactly the promised size, awkward sizes, all widths and dtypes, single
+// vectors and tables, and every instruction set against the scalar one. Built and run by test_csrc.py; prints the number of
+// cases.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
 #include <vector>
 
 #include "../csrc/core/convert.h"
+#include "../csrc/core/eden.h"
 #include "../csrc/core/pack.h"
 #include "../csrc/core/philox.h"
 #include "../csrc/core/quantize.h"
+#include "../csrc/core/rotate.h"
 #include "../csrc/cpu/kernels.h"
 
 using namespace dynfed;
@@ -53,7 +57,16 @@ void core() {
     }
     CHECK(bucket_scale(magnitude(1e-30f), bits) == 0.0f && std::isnan(bucket_scale(kInfinityBits, bits)));
     CHECK(level_of(uint8_t(top), bits) == half - 1 && level_of(0, bits) == -half);
+    // A bucket of the largest size, full of its largest magnitude: no sum overflows, and every value is exactly the scale.
+    const int64_t unit = 1 << 20, energy = unit * unit * kEdenBucket;
+    const float step = eden_inverse_step(magnitude(0.3f), energy, kEdenBucket, bits, [](float v) { return std::sqrt(v); });
+    const int32_t level = eden_level(int32_t(unit), step, bits);
+    CHECK(level >= 1 && level < half && eden_level(-int32_t(unit), step, bits) >= -half);
+    CHECK(std::abs(eden_scale(magnitude(0.3f), energy, unit * level * kEdenBucket) * float(level) - 0.3f) < 1e-6f);
+    CHECK(eden_scale(magnitude(1e-30f), 0, 0) == 0.0f && std::isnan(eden_scale(kInfinityBits, 0, 0)));
   }
+  CHECK(rotate_size(1, 8192) == 1 && rotate_size(1023, 8192) == 512 && rotate_size(1 << 20, 1024) == 1024);
+  CHECK(rotate_factor(1) == 1.0f && rotate_factor(2) == 0.70710678f && rotate_factor(4096) == 0.015625f);
 }
 
 template <class T>
@@ -71,38 +84,107 @@ Float16 element<Float16>(int64_t i) { return {uint16_t(i % 53 == 7 ? 0x7c00 : ne
 
 int cases = 0;
 
+// A table of `count` rows of the given kind (one row is one vector), through the kernels `k`, in ranges, the later first; all that
+// it writes, in buffers of exactly the right size.
 template <class T>
-void kernels(const Kernels& k, DType dtype, int64_t n, int64_t bucket, int bits, bool stochastic) {
-  const Kernels& scalar = kScalarKernels;
-  const int64_t buckets = (n + bucket - 1) / bucket, bytes = (n * bits + 7) / 8, split = n / 128 * 64;
-  Buffer<T> x(n);
-  for (int64_t i = 0; i < n; ++i) x.data[i] = element<T>(i);
-  Buffer<uint8_t> packed(bytes), packed2(bytes), codes(n), codes2(n);
-  Buffer<float> scales(buckets), scales2(buckets), out(n), out2(n);
-  QuantizeArgs q{x.data, dtype, n, bits, bucket, 0x123456789abcdefull, uint64_t(n % 3 * 5), stochastic, packed.data, scales.data};
-  scalar.quantize(q, 0, buckets);
-  q.packed = packed2.data;
-  q.scales = scales2.data;
-  k.quantize(q, buckets / 2, buckets);  // in two ranges, the later one first: neither may write into the other
-  k.quantize(q, 0, buckets / 2);
-  CHECK(packed == packed2 && scales == scales2);
-  scalar.unpack(packed.data, codes.data, bits, n, 0, n);
+struct Call {
+  Call(const std::vector<int64_t>& lengths, int64_t bucket, int bits) : line(0) {
+    int64_t values = 0, bytes = 0, buckets = 0;
+    for (int64_t n : lengths) {
+      const int width = 1 + (bits + int(starts.size())) % 8;
+      starts.push_back({line, values, bytes, buckets, n, width});
+      line += (n + kBlock - 1) / kBlock * kBlock;
+      values += n;
+      bytes += (n * width + 7) / 8;
+      buckets += (n + bucket - 1) / bucket;
+    }
+    x.reset(new Buffer<T>(values));
+    for (int64_t i = 0; i < values; ++i) x->data[i] = element<T>(i);
+    scales.reset(new Buffer<float>(buckets));
+    packed.reset(new Buffer<uint8_t>(bytes));
+    out.reset(new Buffer<float>(values));
+  }
+  struct Row {
+    int64_t before, value, byte, scale, n;
+    int bits;
+  };
+
+  template <class F>
+  void in_ranges(const F& f) const {
+    const int64_t cut = line / 128 * kBlock;
+    f(cut, line);
+    f(0, cut);
+  }
+  void quantize(const Kernels& k, DType dtype, int64_t bucket, Rounding rounding) {
+    std::vector<QuantizeItem> items;
+    for (const Row& r : starts)
+      items.push_back({r.before, r.n, bucket, uint64_t(r.value + 7) / 8 * 8 + r.n % 3 * 5, r.bits, dtype, x->data + r.value,
+                       packed->data + r.byte, scales->data + r.scale});
+    const QuantizeArgs args{items.data(), int64_t(items.size()), 0x123456789abcdefull, rounding};
+    in_ranges([&](int64_t begin, int64_t end) { k.quantize(args, begin, end); });
+  }
+  // Values of this call's codes with `factors` for scales; then twice more onto them, from two clients.
+  void dequantize(const Kernels& k, int64_t bucket, const Buffer<float>& factors) {
+    std::vector<Payload> payloads;
+    for (const Row& r : starts)
+      for (int c = 0; c < 2; ++c) payloads.push_back({packed->data + r.byte, factors.data + r.scale, r.bits});
+    std::vector<DequantizeItem> items;
+    for (const Row& r : starts) items.push_back({r.before, r.n, bucket, out->data + r.value, &payloads[2 * items.size()]});
+    const float weights[2] = {0.7f, -1.3f};
+    const DequantizeArgs args{items.data(), int64_t(items.size()), weights, 2};
+    in_ranges([&](int64_t begin, int64_t end) { k.dequantize(args, begin, end); });
+    in_ranges([&](int64_t begin, int64_t end) { k.accumulate(args, begin, end); });
+  }
+  void rotate(const Kernels& k, int64_t block, bool inverse) {
+    std::vector<RotateItem> items;
+    for (const Row& r : starts)
+      items.push_back({r.before, r.n, rotate_size(r.n, block), uint64_t(r.value + 7) / 8, out->data + r.value});
+    const RotateArgs args{items.data(), int64_t(items.size()), 42, inverse};
+    in_ranges([&](int64_t begin, int64_t end) { k.rotate(args, begin, end); });
+  }
+
+  int64_t line;
+  std::vector<Row> starts;
+  std::unique_ptr<Buffer<T>> x;
+  std::unique_ptr<Buffer<uint8_t>> packed;
+  std::unique_ptr<Buffer<float>> scales, out;
+};
+
+template <class T>
+void kernels(const Kernels& k, DType dtype, const std::vector<int64_t>& lengths, int64_t bucket, int bits, Rounding rounding) {
+  Call<T> expected(lengths, bucket, bits), got(lengths, bucket, bits);
+  if (expected.x->n) std::memcpy(got.x->data, expected.x->data, expected.x->n * sizeof(T));
+  expected.quantize(kScalarKernels, dtype, bucket, rounding);
+  got.quantize(k, dtype, bucket, rounding);
+  CHECK(*expected.packed == *got.packed && *expected.scales == *got.scales);
+  Buffer<float> factors(expected.scales->n);
+  for (int64_t i = 0; i < factors.n; ++i) factors.data[i] = element<float>(i);
+  expected.dequantize(kScalarKernels, bucket, factors);
+  got.dequantize(k, bucket, factors);
+  CHECK(*expected.out == *got.out);
+  for (bool inverse : {false, true}) {
+    const int64_t block = int64_t(1) << (cases % 14);
+    expected.rotate(kScalarKernels, block, inverse);
+    got.rotate(k, block, inverse);
+    CHECK(*expected.out == *got.out);
+  }
+  ++cases;
+}
+
+void packing(const Kernels& k, int64_t n, int bits) {
+  const int64_t split = n / 128 * kBlock, bytes = (n * bits + 7) / 8;
+  Buffer<uint8_t> codes(n), codes2(n), packed(bytes), packed2(bytes);
+  for (int64_t i = 0; i < n; ++i) codes.data[i] = uint8_t(next() & ((1u << bits) - 1));
+  kScalarKernels.pack(codes.data, packed.data, bits, 0, n);
+  CHECK((k.pack(codes.data, packed2.data, bits, split, n) | k.pack(codes.data, packed2.data, bits, 0, split)) < (1u << bits));
+  CHECK(packed == packed2);
   k.unpack(packed.data, codes2.data, bits, n, split, n);
   k.unpack(packed.data, codes2.data, bits, n, 0, split);
   CHECK(codes == codes2);
-  CHECK((k.pack(codes.data, packed2.data, bits, split, n) | k.pack(codes.data, packed2.data, bits, 0, split)) < (1u << bits));
-  CHECK(packed == packed2);
-  for (int64_t i = 0; i < buckets; ++i) scales.data[i] = element<float>(i);
-  const Payload payloads[2] = {{packed.data, scales.data, bits, 0.7f}, {packed2.data, scales.data, bits, -1.3f}};
-  DequantizeArgs d{out.data, n, bucket, payloads, 2};
-  scalar.dequantize(d, 0, n);
-  scalar.accumulate(d, 0, n);
-  d.out = out2.data;
-  k.dequantize(d, split, n);
-  k.dequantize(d, 0, split);
-  k.accumulate(d, split, n);
-  k.accumulate(d, 0, split);
-  CHECK(out == out2);
+  for (int64_t i = 0; i < n; ++i) codes.data[i] = uint8_t(next());  // too large: seen, and nothing else is touched
+  unsigned all = 0;
+  for (int64_t i = 0; i < n; ++i) all |= codes.data[i];
+  CHECK((k.pack(codes.data, packed2.data, bits, split, n) | k.pack(codes.data, packed2.data, bits, 0, split)) == all);
   ++cases;
 }
 
@@ -112,16 +194,24 @@ int main() {
 #ifdef DYNFED_X86
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) sets.push_back(&kAvx2Kernels);
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
+      __builtin_cpu_supports("avx512vl")) {
     sets.push_back(&kAvx512Kernels);
+    if (__builtin_cpu_supports("avx512vbmi")) sets.push_back(&kAvx512VbmiKernels);
+  }
 #endif
+  std::vector<std::vector<int64_t>> tables = {{}, {5, 0, 64, 1, 700, 8, 63, 65, 0}, {1, 1, 1, 130, 1, 1, 1, 2, 3, 4, 5, 6, 7, 1, 1, 1}};
+  for (int64_t n : {0, 1, 7, 8, 9, 63, 64, 65, 127, 128, 200, 511, 512, 513, 1025, 2600}) tables.push_back({n});
   for (const Kernels* k : sets)
-    for (int64_t n : {0, 1, 7, 8, 9, 63, 64, 65, 127, 128, 200, 511, 512, 513, 1025, 2600})
-      for (int64_t bucket : {8, 64, 72, 512, 4096})
-        for (int bits = 1; bits <= 8; ++bits) {
-          kernels<float>(*k, DType::kFloat32, n, bucket, bits, true);
-          kernels<BFloat16>(*k, DType::kBFloat16, n, bucket, bits, false);
-          kernels<Float16>(*k, DType::kFloat16, n, bucket, bits, true);
+    for (const auto& lengths : tables)
+      for (int bits = 1; bits <= 8; ++bits) {
+        for (int64_t bucket : {8, 64, 72, 512, 4096}) {
+          kernels<float>(*k, DType::kFloat32, lengths, bucket, bits, Rounding::kStochastic);
+          kernels<float>(*k, DType::kFloat32, lengths, bucket, bits, Rounding::kEden);
+          kernels<BFloat16>(*k, DType::kBFloat16, lengths, bucket, bits, Rounding::kNearest);
+          kernels<Float16>(*k, DType::kFloat16, lengths, bucket, bits, Rounding::kStochastic);
+          kernels<Float16>(*k, DType::kFloat16, lengths, bucket, bits, Rounding::kEden);
         }
+        if (lengths.size() == 1) packing(*k, lengths[0], bits);
+      }
   std::printf("%d cases, %d instruction sets\n", cases, int(sets.size()));
 }

@@ -5,9 +5,11 @@
 #include <immintrin.h>
 
 #include "../core/convert.h"
+#include "../core/eden.h"
 #include "../core/pack.h"
 #include "../core/philox.h"
 #include "../core/quantize.h"
+#include "../core/rotate.h"
 
 namespace dynfed {
 namespace {
@@ -17,6 +19,7 @@ struct Avx2 {
     __m256i part[2];  // 32 bytes each
   };
   using Maximum = __m256i;  // 8 bit patterns
+  using Sum = __m256i;      // 4 of 64 bits
 
   static Codes load(const uint8_t* p) { return {{load32(p), load32(p + 32)}}; }
   static void store(uint8_t* p, const Codes& c) {
@@ -29,23 +32,25 @@ struct Avx2 {
 
   // As avx512.cpp, four blocks at once; two independent sets are what sixteen registers hold.
   template <int kCount>
-  static void noise(uint64_t seed, uint64_t group, uint16_t* out) {
+  static void noise(uint64_t seed, uint64_t group, uint32_t pass, uint16_t* out) {
     const __m256i m0 = _mm256_set1_epi64x(kPhiloxM0), m1 = _mm256_set1_epi64x(kPhiloxM1);
     __m256i k0[kPhiloxRounds], k1[kPhiloxRounds];
     for (uint32_t r = 0; r < kPhiloxRounds; ++r) {
       k0[r] = _mm256_set1_epi64x(uint32_t(uint32_t(seed) + r * kPhiloxW0));
       k1[r] = _mm256_set1_epi64x(uint32_t(uint32_t(seed >> 32) + r * kPhiloxW1));
     }
+    const uint64_t product = uint64_t(kPhiloxM1) * pass;  // of the first round, the same for all
+    const __m256i first = _mm256_xor_si256(k0[0], _mm256_set1_epi64x(int64_t(product >> 32)));
     const __m256i lane = _mm256_setr_epi64x(0, 2, 1, 3);
     constexpr int kSets = 2;
     for (int i = 0; i < kCount; i += 32 * kSets) {
       __m256i c0[kSets], c1[kSets], c2[kSets], c3[kSets];
 #pragma GCC unroll 2
-      for (int s = 0; s < kSets; ++s) {
+      for (int s = 0; s < kSets; ++s) {  // the first round, with c2 = pass and c3 = 0
         const __m256i g = _mm256_add_epi64(_mm256_set1_epi64x(int64_t(group + i / 8 + 4 * s)), lane);
         const __m256i a = _mm256_mul_epu32(g, m0);
-        c0[s] = _mm256_xor_si256(_mm256_srli_epi64(g, 32), k0[0]);
-        c1[s] = _mm256_setzero_si256();
+        c0[s] = _mm256_xor_si256(_mm256_srli_epi64(g, 32), first);
+        c1[s] = _mm256_set1_epi64x(int64_t(product));
         c2[s] = _mm256_xor_si256(_mm256_srli_epi64(a, 32), k1[0]);
         c3[s] = a;
       }
@@ -91,24 +96,55 @@ struct Avx2 {
   }
 
   template <class T>
-  static int64_t total64(const T* x, float inverse) {
-    const __m256 inv = _mm256_set1_ps(inverse);
-    __m256i sum = _mm256_setzero_si256();  // at most 8 * 65536 a lane
+  static void total64(Sum& sum, const T* x, float inverse) {
+    __m256i lanes = _mm256_setzero_si256();  // at most 8 * 2^20 each
 #pragma GCC unroll 8
-    for (int j = 0; j < 64; j += 8)
-      sum = _mm256_add_epi32(sum, _mm256_abs_epi32(_mm256_cvttps_epi32(_mm256_mul_ps(load8(x + j), inv))));
-    int32_t lane[8];
+    for (int j = 0; j < 64; j += 8) lanes = _mm256_add_epi32(lanes, _mm256_abs_epi32(units8(x + j, inverse)));
+    sum = _mm256_add_epi64(sum, widen(lanes));
+  }
+  template <class T>
+  static void energy64(Sum& sum, const T* x, float inverse) {
+#pragma GCC unroll 8
+    for (int j = 0; j < 64; j += 8) {
+      const __m256i even = units8(x + j, inverse), odd = _mm256_srli_epi64(even, 32);
+      sum = _mm256_add_epi64(sum, _mm256_add_epi64(_mm256_mul_epi32(even, even), _mm256_mul_epi32(odd, odd)));
+    }
+  }
+  static int64_t total(Sum sum) {
+    int64_t lane[4];
     store32(lane, sum);
-    int64_t total = 0;
-    for (int32_t t : lane) total += t;
-    return total;
+    return lane[0] + lane[1] + lane[2] + lane[3];
+  }
+  static float square_root(float v) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(v))); }
+
+  template <int B, class T>
+  static Codes eden64(Sum& dot, const T* x, float inverse, float inverse_step) {
+    Codes c;
+    const __m256 step = _mm256_set1_ps(inverse_step);
+    const __m256i half = _mm256_set1_epi32(int(kNearest)), top = _mm256_set1_epi32(1 << (B - 1));
+    const __m256i lowest = _mm256_sub_epi32(_mm256_setzero_si256(), top), highest = _mm256_sub_epi32(top, _mm256_set1_epi32(1));
+    __m256i lanes = _mm256_setzero_si256();  // at most 8 * 2^27 each
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      __m256i q[4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const __m256i units = units8(x + 32 * h + 8 * j, inverse);
+        const __m256i v = _mm256_cvttps_epi32(_mm256_mul_ps(_mm256_cvtepi32_ps(units), step));
+        q[j] = _mm256_srai_epi32(_mm256_add_epi32(v, half), 16);
+        q[j] = _mm256_min_epi32(_mm256_max_epi32(q[j], lowest), highest);
+        lanes = _mm256_add_epi32(lanes, _mm256_mullo_epi32(units, q[j]));
+      }
+      c.part[h] = narrow<B>(q);
+    }
+    dot = _mm256_add_epi64(dot, widen(lanes));
+    return c;
   }
 
   template <int B, class T>
   static Codes quantize64(const T* x, float inverse, const uint16_t* noise) {
     Codes c;
     const __m256 inv = _mm256_set1_ps(inverse);
-    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
 #pragma GCC unroll 2
     for (int h = 0; h < 2; ++h) {
       __m256i q[4];
@@ -122,11 +158,7 @@ struct Avx2 {
           q[j] = _mm256_srai_epi32(_mm256_add_epi32(v, _mm256_cvtepu16_epi32(load16b(noise + at))), 16);
         }
       }
-      // Narrow to bytes within 128-bit lanes, then put the lanes in order. Levels fit a signed byte: nothing saturates.
-      __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
-      bytes = _mm256_permutevar8x32_epi32(bytes, order);
-      c.part[h] = B == 1 ? _mm256_and_si256(bytes, _mm256_set1_epi8(1))
-                         : _mm256_add_epi8(bytes, _mm256_set1_epi8(char(1 << (B - 1))));
+      c.part[h] = narrow<B>(q);
     }
     return c;
   }
@@ -200,7 +232,41 @@ struct Avx2 {
     }
   }
 
+  static constexpr int kLanes = 8;
+  using Vector = __m256;
+  static Vector load_floats(const float* p) { return _mm256_loadu_ps(p); }
+  static void store_floats(float* p, Vector v) { _mm256_storeu_ps(p, v); }
+  static Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
+  static Vector subtract(Vector a, Vector b) { return _mm256_sub_ps(a, b); }
+  static Vector multiply(Vector v, float factor) { return _mm256_mul_ps(v, _mm256_set1_ps(factor)); }
+  static Vector flip(Vector v, const uint8_t* bits) {
+    const __m256i to_top = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
+    const __m256i sign = _mm256_and_si256(_mm256_sllv_epi32(_mm256_set1_epi32(*bits), to_top), _mm256_set1_epi32(INT32_MIN));
+    return _mm256_xor_ps(v, _mm256_castsi256_ps(sign));
+  }
+  // A product with 1 or -1 is exact, so the fused sum is the plain sum or difference.
+  static Vector butterfly(Vector v) {
+    v = _mm256_fmadd_ps(v, _mm256_setr_ps(1, -1, 1, -1, 1, -1, 1, -1), _mm256_permute_ps(v, 0xB1));
+    v = _mm256_fmadd_ps(v, _mm256_setr_ps(1, 1, -1, -1, 1, 1, -1, -1), _mm256_permute_ps(v, 0x4E));
+    return _mm256_fmadd_ps(v, _mm256_setr_ps(1, 1, 1, 1, -1, -1, -1, -1), _mm256_permute2f128_ps(v, v, 0x01));
+  }
+
  private:
+  template <class T>
+  static __m256i units8(const T* x, float inverse) {
+    return _mm256_cvttps_epi32(_mm256_mul_ps(load8(x), _mm256_set1_ps(inverse)));
+  }
+  static __m256i widen(__m256i lanes) {
+    return _mm256_add_epi64(_mm256_cvtepi32_epi64(_mm256_castsi256_si128(lanes)),
+                            _mm256_cvtepi32_epi64(_mm256_extracti128_si256(lanes, 1)));
+  }
+  // Levels to codes: bytes within 128-bit lanes, then the lanes in order. Levels fit a signed byte, so nothing saturates.
+  template <int B>
+  static __m256i narrow(const __m256i (&q)[4]) {
+    __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
+    bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    return B == 1 ? _mm256_and_si256(bytes, _mm256_set1_epi8(1)) : _mm256_add_epi8(bytes, _mm256_set1_epi8(char(1 << (B - 1))));
+  }
   static __m128i load16b(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
   static __m256i load32(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static void store16(void* p, __m128i v) { _mm_storeu_si128(static_cast<__m128i*>(p), v); }

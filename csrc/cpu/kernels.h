@@ -1,48 +1,83 @@
 // The CPU kernels as ops.cpp sees them: one table of functions per instruction set, chosen at run time.
+//
+// A call is about a list of items: one vector, or the rows of a table. Laid end to end, each rounded up to whole blocks of 64
+// elements, the items form a line; every function works on a range of that line, so that threads share a call by elements and
+// never by items. Ranges begin and end at multiples of 64. No function writes what another range writes, nor touches memory
+// outside the buffers.
 #pragma once
 #include <cstdint>
 
 namespace dynfed {
 
+constexpr int64_t kBlock = 64;
+
 enum class DType { kFloat32, kBFloat16, kFloat16 };
 
-struct QuantizeArgs {
-  const void* x;
-  DType dtype;
+enum class Rounding { kNearest, kStochastic, kEden };
+
+struct QuantizeItem {
+  int64_t before;  // where the item begins on the line
   int64_t n;
-  int bits;
   int64_t bucket;
-  uint64_t seed;
-  uint64_t offset;
-  bool stochastic;
+  uint64_t offset;  // global index of the first element
+  int bits;
+  DType dtype;
+  const void* x;
   uint8_t* packed;
   float* scales;
 };
 
-struct Payload {  // one client's
+struct QuantizeArgs {  // a bucket belongs to the range that holds its first element
+  const QuantizeItem* items;
+  int64_t count;
+  uint64_t seed;
+  Rounding rounding;
+};
+
+struct Payload {
   const uint8_t* packed;
   const float* scales;
   int bits;
-  float weight;
+};
+
+struct DequantizeItem {
+  int64_t before;
+  int64_t n;
+  int64_t bucket;
+  float* out;
+  const Payload* payloads;  // one per client
 };
 
 struct DequantizeArgs {
-  float* out;
-  int64_t n;
-  int64_t bucket;
-  const Payload* payloads;
+  const DequantizeItem* items;
   int64_t count;
+  const float* weights;  // one per client
+  int64_t clients;
 };
 
-// Every function works on a range, so that threads can share a call. Ranges of elements begin at multiples of 64; ranges of
-// buckets may begin anywhere. No function writes outside its range, nor reads outside the buffers.
+struct RotateItem {
+  int64_t before;
+  int64_t n;
+  int64_t size;    // of a block: rotate_size(n, block)
+  uint64_t first;  // the number of the first element's group of eight
+  float* x;
+};
+
+struct RotateArgs {  // a block belongs to the range that holds its first element; what follows the last one goes with it
+  const RotateItem* items;
+  int64_t count;
+  uint64_t seed;
+  bool inverse;
+};
+
 struct Kernels {
   // Returns the bitwise or of the codes in [begin, end): too large a code shows as a high bit.
   unsigned (*pack)(const uint8_t* codes, uint8_t* packed, int bits, int64_t begin, int64_t end);
   void (*unpack)(const uint8_t* packed, uint8_t* codes, int bits, int64_t n, int64_t begin, int64_t end);
-  void (*quantize)(const QuantizeArgs& args, int64_t first_bucket, int64_t last_bucket);
-  void (*dequantize)(const DequantizeArgs& args, int64_t begin, int64_t end);  // the first payload alone
+  void (*quantize)(const QuantizeArgs& args, int64_t begin, int64_t end);
+  void (*dequantize)(const DequantizeArgs& args, int64_t begin, int64_t end);  // the first payload of each item, unweighted
   void (*accumulate)(const DequantizeArgs& args, int64_t begin, int64_t end);
+  void (*rotate)(const RotateArgs& args, int64_t begin, int64_t end);
 };
 
 extern const Kernels kScalarKernels;
@@ -50,6 +85,7 @@ extern const Kernels kScalarKernels;
 #define DYNFED_X86 1
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512VbmiKernels;
 #endif
 
 }  // namespace dynfed

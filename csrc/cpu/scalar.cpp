@@ -4,9 +4,11 @@
 #include <cstring>
 
 #include "../core/convert.h"
+#include "../core/eden.h"
 #include "../core/pack.h"
 #include "../core/philox.h"
 #include "../core/quantize.h"
+#include "../core/rotate.h"
 #include "kernels.h"
 
 namespace dynfed {
@@ -17,6 +19,7 @@ struct Scalar {
     uint8_t code[64];
   };
   using Maximum = uint32_t;
+  using Sum = int64_t;
 
   static Codes load(const uint8_t* p) {
     Codes c;
@@ -29,9 +32,10 @@ struct Scalar {
   }
 
   template <int kCount>
-  static void noise(uint64_t seed, uint64_t group, uint16_t* out) {
+  static void noise(uint64_t seed, uint64_t group, uint32_t pass, uint16_t* out) {
     for (int g = 0; g < kCount / 8; ++g) {
-      const PhiloxBlock block = element_block(seed, group + g);
+      const uint64_t counter = group + uint64_t(g);
+      const PhiloxBlock block = philox4x32(seed, uint32_t(counter), uint32_t(counter >> 32), pass, 0);
       memcpy(out + 8 * g, block.word, 16);  // little-endian words: random16's order
     }
   }
@@ -46,14 +50,31 @@ struct Scalar {
   static uint32_t reduce(Maximum maximum) { return maximum; }
 
   template <class T>
-  static int64_t total64(const T* x, float inverse) {
-    int64_t total = 0;
+  static void total64(Sum& sum, const T* x, float inverse) {
     for (int i = 0; i < 64; ++i) {
       const int32_t v = fixed_point(to_float(x[i]), inverse);
-      total += v < 0 ? -v : v;
+      sum += v < 0 ? -v : v;
     }
-    return total;
   }
+  template <class T>
+  static void energy64(Sum& sum, const T* x, float inverse) {
+    for (int i = 0; i < 64; ++i) {
+      const int64_t v = fixed_point(to_float(x[i]), inverse);
+      sum += v * v;
+    }
+  }
+  template <int B, class T>
+  static Codes eden64(Sum& dot, const T* x, float inverse, float inverse_step) {
+    Codes c;
+    for (int i = 0; i < 64; ++i) {
+      const int32_t units = fixed_point(to_float(x[i]), inverse), level = eden_level(units, inverse_step, B);
+      dot += int64_t(units) * level;
+      c.code[i] = uint8_t(level + (1 << (B - 1)));
+    }
+    return c;
+  }
+  static int64_t total(Sum sum) { return sum; }
+  static float square_root(float v) { return std::sqrt(v); }
 
   template <int B, class T>
   static Codes quantize64(const T* x, float inverse, const uint16_t* noise) {
@@ -90,6 +111,42 @@ struct Scalar {
       const float level = float(level_of(c.code[i], B));
       out[i] = kAccumulate ? std::fma(factor, level, out[i]) : level * factor;
     }
+  }
+
+  static constexpr int kLanes = 8;  // the flips of a byte
+  struct Vector {
+    float lane[kLanes];
+  };
+  static Vector load_floats(const float* p) {
+    Vector v;
+    memcpy(v.lane, p, sizeof(v.lane));
+    return v;
+  }
+  static void store_floats(float* p, const Vector& v) { memcpy(p, v.lane, sizeof(v.lane)); }
+  static Vector add(Vector a, const Vector& b) {
+    for (int i = 0; i < kLanes; ++i) a.lane[i] += b.lane[i];
+    return a;
+  }
+  static Vector subtract(Vector a, const Vector& b) {
+    for (int i = 0; i < kLanes; ++i) a.lane[i] -= b.lane[i];
+    return a;
+  }
+  static Vector multiply(Vector v, float factor) {
+    for (int i = 0; i < kLanes; ++i) v.lane[i] *= factor;
+    return v;
+  }
+  static Vector flip(Vector v, const uint8_t* bits) {
+    for (int i = 0; i < kLanes; ++i)
+      v.lane[i] = bit_cast<float>(bit_cast<uint32_t>(v.lane[i]) ^ (uint32_t(*bits) >> i & 1u) << 31);
+    return v;
+  }
+  static Vector butterfly(Vector v) {
+    for (int half = 1; half < kLanes; half *= 2) {
+      Vector w;
+      for (int i = 0; i < kLanes; ++i) w.lane[i] = i & half ? v.lane[i ^ half] - v.lane[i] : v.lane[i] + v.lane[i ^ half];
+      v = w;
+    }
+    return v;
   }
 };
 
