@@ -85,10 +85,14 @@ def _devices(name: str) -> tuple[str, ...]:
     return ("cpu",) if name == "cpu" else ("cuda",)
 
 
-@cache
 def missing(name: str) -> str | None:
     """Why a backend cannot run on this machine; None if it can."""
-    return load_error() if name == "cpu" else _load(name).available()
+    return load_error() if name == "cpu" else _unavailable(name)
+
+
+@cache
+def _unavailable(name: str) -> str | None:
+    return _load(name).available()
 
 
 @cache

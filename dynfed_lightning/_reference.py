@@ -102,9 +102,7 @@ def quantize_pack(
         scales[i // bucket :][: part_scales.numel()] = part_scales
 
 
-def _quantize_chunk(
-    x: Tensor, bits: int, bucket: int, seed: int, offset: int, rounding: int
-) -> tuple[Tensor, Tensor]:
+def _quantize_chunk(x: Tensor, bits: int, bucket: int, seed: int, offset: int, rounding: int) -> tuple[Tensor, Tensor]:
     """Codes uint8 [n] and scales float32 [ceil(n / bucket)]."""
     n = x.numel()
     rows = torch.nn.functional.pad(x.to(torch.float32), (0, -n % bucket)).reshape(-1, bucket)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dynfed_lightning.bits import InstructedBits, PatternBits
 from dynfed_lightning.codec import Codec, CodecContext, Schema, as_codec, inspect
 from dynfed_lightning.errors import MalformedPayloadError, NonFiniteError, SchemaMismatchError
-from dynfed_lightning.stages import Cast, ErrorFeedback, Quantize, TopK
+from dynfed_lightning.stages import Cast, ErrorFeedback, Quantize, Rotate, TopK
 
 CHAINS = {
     "identity": lambda: Codec(),
@@ -27,6 +27,11 @@ CHAINS = {
     "topkq": lambda: Codec(TopK(k=5), Quantize(8)),
     "topkf16": lambda: Codec(TopK(0.2), Cast(torch.float16)),
     "ef": lambda: Codec(ErrorFeedback(Codec(TopK(0.1), Quantize(2)))),
+    "rotate": lambda: Codec(Rotate(64)),
+    "eden": lambda: Codec(Rotate(), Quantize(3, rounding="eden")),
+    "efeden": lambda: Codec(ErrorFeedback(Codec(Rotate(256), Quantize(1, rounding="eden")))),
+    "topkeden": lambda: Codec(TopK(0.5), Rotate(8), Quantize(2, rounding="eden")),
+    "f16eden": lambda: Codec(Cast(torch.float16), Rotate(32), Quantize(4, rounding="eden")),
     "nested": lambda: Codec(Codec(TopK(0.1)), Codec(Quantize(4))),
 }
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
@@ -69,8 +74,10 @@ def test_every_chain_takes_every_dtype_and_shape(name):
             assert torch.equal(out, t)
         elif t.numel():
             assert torch.isfinite(out).all()
-            # Nothing is further off than its tensor's largest value (dropping or rounding it away altogether).
-            assert float((out.double() - t.double()).abs().max()) <= float(t.abs().max()) * 1.01
+            # Nothing is further off than its tensor's largest value (dropping or rounding it away altogether); an unbiased
+            # estimate from a few bits of what was rotated is not bounded value by value, but it does not get far.
+            factor = 4 if "eden" in name else 1.01
+            assert float((out.double() - t.double()).abs().max()) <= float(t.abs().max()) * factor
     assert codec.lossless == (name in ("identity", "none"))
 
 
@@ -79,7 +86,7 @@ def test_same_input_same_bytes(name):
     update = resnet_like(3)
     first = CHAINS[name]().encode(update, CodecContext(seed=11))
     assert CHAINS[name]().encode({n: t.clone() for n, t in update.items()}, CodecContext(seed=11)) == first
-    if name in ("q4", "bf16q"):
+    if name in ("q4", "bf16q", "rotate", "eden"):
         assert CHAINS[name]().encode(update, CodecContext(seed=12)) != first
 
 

@@ -9,7 +9,21 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from ops_support import BACKENDS, CPP_BACKENDS, backend_fixture, same, select, values
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ops_support import (
+    BACKENDS,
+    KERNELS,
+    backend_fixture,
+    gaussian,
+    reference_accumulate,
+    reference_dequantize,
+    reference_pack,
+    reference_quantize,
+    same,
+    select,
+    values,
+)
 from torch import Tensor
 
 from dynfed_lightning import _reference, ops
@@ -18,7 +32,7 @@ BITS = range(1, 9)
 SIZES = (0, 1, 7, 8, 63, 64, 65, 511, 512, 513, 100_003)
 
 any_backend = backend_fixture(BACKENDS)
-cpp_backend = backend_fixture(CPP_BACKENDS)
+kernels = backend_fixture(KERNELS)
 
 
 # ---- every backend against the reference ----
@@ -26,37 +40,76 @@ cpp_backend = backend_fixture(CPP_BACKENDS)
 
 @pytest.mark.parametrize("dtype", ops.INPUT_DTYPES, ids=str)
 @pytest.mark.parametrize("bits", BITS)
-def test_quantize_pack_is_the_reference_bit_for_bit(cpp_backend: str, bits: int, dtype: torch.dtype) -> None:
+def test_quantize_pack_is_the_reference_bit_for_bit(kernels: str, bits: int, dtype: torch.dtype) -> None:
     for n in SIZES:
         x = values(n, dtype, seed=n)
-        cases = [(512, 0, True), (512, 0, False)]
+        cases = [(512, 0, "stochastic"), (512, 0, "nearest"), (512, 0, "eden")]
         if n <= 513:
-            cases += [(8, 3, True), (72, 2**35 - 40, True), (1024, 2**61 + 5, True), (64, 8, False)]
-        for bucket, offset, stochastic in cases:
-            packed, scales = ops.quantize_pack(
-                x, bits, bucket, 2**63 + 11, offset, "stochastic" if stochastic else "nearest"
-            )
-            want_packed, want_scales = _reference.quantize_pack(x, bits, bucket, 11 - 2**63, offset, stochastic)
-            assert same(scales, want_scales), (n, bucket, offset, stochastic)
-            assert same(packed, want_packed), (n, bucket, offset, stochastic)
+            cases += [(8, 3, "stochastic"), (72, 2**35 - 40, "stochastic"), (1024, 2**61 + 5, "stochastic")]
+            cases += [(64, 8, "nearest"), (8, 0, "eden"), (72, 0, "eden"), (4096, 0, "eden")]
+        for bucket, offset, rounding in cases:
+            packed, scales = ops.quantize_pack(x, bits, bucket, 2**63 + 11, offset, rounding)
+            want_packed, want_scales = reference_quantize(x, bits, bucket, 11 - 2**63, offset, rounding)
+            assert same(scales, want_scales), (n, bucket, offset, rounding)
+            assert same(packed, want_packed), (n, bucket, offset, rounding)
+
+
+@pytest.mark.parametrize("rounding", ops.ROUNDINGS)
+@pytest.mark.parametrize("bucket", [1032, 4096, 65536])
+def test_buckets_larger_than_a_tile(kernels: str, bucket: int, rounding: str) -> None:
+    x = values(150_001, seed=bucket)
+    for bits in (1, 2, 4, 7):
+        got = ops.quantize_pack(x, bits, bucket, 5, 0, rounding)
+        want = reference_quantize(x, bits, bucket, 5, 0, rounding)
+        assert all(same(a, b) for a, b in zip(got, want, strict=True)), bits
+
+
+@given(
+    n=st.integers(0, 3000),
+    bits=st.integers(1, 8),
+    bucket=st.integers(1, 160).map(lambda k: 8 * k),
+    offset=st.integers(0, 2**62),
+    seed=st.integers(0, 2**64 - 1),
+    rounding=st.sampled_from(ops.ROUNDINGS),
+    start=st.integers(0, 9),
+)
+@settings(max_examples=150)
+def test_any_size_bucket_offset_and_alignment(
+    n: int, bits: int, bucket: int, offset: int, seed: int, rounding: str, start: int
+) -> None:
+    """On this machine's best kernels; `start` shifts every buffer against its alignment."""
+    x = values(n + start, seed=n)[start:]
+    buffers = torch.full((ops.packed_size(n, bits) + start + 8,), 0xA5, dtype=torch.uint8)
+    packed = buffers[start : start + ops.packed_size(n, bits)]
+    scales = torch.empty(ops.num_buckets(n, bucket) + start)[start:]
+    ops.quantize_pack(x, bits, bucket, seed, offset, rounding, out=(packed, scales))
+    want = reference_quantize(x, bits, bucket, seed, offset, rounding)
+    assert same(packed, want[0]) and same(scales, want[1])
+    assert bool((buffers[:start] == 0xA5).all()) and bool((buffers[start + packed.numel() :] == 0xA5).all())
+    out = torch.full((n + start + 8,), 7.0)
+    ops.unpack_dequantize(packed, scales, bits, bucket, n, out=out[start : start + n])
+    assert same(out[start : start + n], reference_dequantize(packed, scales, bits, bucket, n))
+    assert bool((out[:start] == 7).all()) and bool((out[start + n :] == 7).all())
+    codes = torch.full((n + start + 8,), 0xA5, dtype=torch.uint8)
+    ops.unpack(packed, bits, n, out=codes[start : start + n])
+    assert same(ops.pack(codes[start : start + n], bits), packed)
+    assert bool((codes[:start] == 0xA5).all()) and bool((codes[start + n :] == 0xA5).all())
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_the_way_back_is_the_reference_bit_for_bit(cpp_backend: str, bits: int) -> None:
-    g = torch.Generator().manual_seed(bits)
+def test_the_way_back_is_the_reference_bit_for_bit(kernels: str, bits: int) -> None:
     for n in SIZES:
-        codes = torch.randint(0, 2**bits, (n,), generator=g, dtype=torch.uint8)
+        codes = (values(n, seed=bits).view(torch.int32) & (2**bits - 1)).to(torch.uint8)
         packed = ops.pack(codes, bits)
-        assert same(packed, _reference.pack(codes, bits))
+        assert same(packed, reference_pack(codes, bits))
         assert same(ops.unpack(packed, bits, n), codes)
         for bucket in (8, 72, 512, 4096) if n <= 513 else (512,):
             scales = values(ops.num_buckets(n, bucket), seed=n)
             decoded = ops.unpack_dequantize(packed, scales, bits, bucket, n)
-            assert same(decoded, _reference.unpack_dequantize(packed, scales, bits, bucket, n)), (n, bucket)
+            assert same(decoded, reference_dequantize(packed, scales, bits, bucket, n)), (n, bucket)
             out = values(n, seed=n + 1)
-            want = out.clone()
+            want = reference_accumulate(out, [packed], [scales], [bits], bucket, [0.3])
             ops.dequantize_accumulate(out, packed, scales, bits, bucket, 0.3)
-            _reference.accumulate(want, [packed], [scales], [bits], bucket, [0.3])
             assert same(out, want), (n, bucket)
 
 
@@ -74,6 +127,16 @@ def test_many_clients_in_one_pass_are_one_after_the_other(any_backend: str, n: i
     )
     assert torch.allclose(many.double(), exact, rtol=1e-5, atol=1e-4)
     assert same(ops.dequantize_accumulate_many(many.clone(), [], [], [], 64, []), many)
+
+
+def test_more_clients_than_one_launch_takes(kernels: str) -> None:
+    count, n = 150, 700
+    clients = [ops.quantize_pack(values(n, seed=k), 1 + k % 8, 64, seed=k) for k in range(count)]
+    packed, scales = [p for p, _ in clients], [s for _, s in clients]
+    bits, weights = [1 + k % 8 for k in range(count)], [1 / (k + 1) for k in range(count)]
+    out = values(n, seed=count)
+    want = reference_accumulate(out, packed, scales, bits, 64, weights)
+    assert same(ops.dequantize_accumulate_many(out, packed, scales, bits, 64, weights), want)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -146,7 +209,7 @@ def test_edges_of_the_number_range(any_backend: str, bits: int) -> None:
     codes = ops.unpack(packed, bits, 48).reshape(6, 8).tolist()
     assert [math.isnan(s) for s in scales.tolist()] == [False, False, False, True, True, False]
     assert scales[1] == 0 and scales[2] > 0 and math.isfinite(scales[0])
-    assert same(packed, _reference.quantize_pack(x.reshape(-1), bits, 8, 3, 0, True)[0])
+    assert same(packed, reference_quantize(x, bits, 8, 3)[0])
     if bits > 1:
         assert codes[0][:2] == [2**bits - 1, 1] and codes[0][3:5] == [half, half]
         assert codes[1] == [half] * 8
@@ -183,7 +246,7 @@ def test_half_precision_inputs_are_their_float32_values(any_backend: str, dtype:
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_nearest_is_within_half_a_step(any_backend: str, bits: int) -> None:
-    x = torch.randn(4096, generator=torch.Generator().manual_seed(0))
+    x = gaussian(4096)
     packed, scales = ops.quantize_pack(x, bits, 512, rounding="nearest")
     error = (ops.unpack_dequantize(packed, scales, bits, 512, 4096) - x).abs() / scales.repeat_interleave(512)
     assert 0.45 < error.max() < 0.5001
@@ -215,19 +278,42 @@ def test_any_shape_and_stride(any_backend: str) -> None:
 def calls() -> Iterator[tuple[str, tuple]]:
     x = values(1000)
     packed, scales = ops.quantize_pack(x, 3, 64)
-    yield "pack", (torch.arange(100, dtype=torch.uint8) % 8, 3)
+    codes = ops.unpack(packed, 3, 1000)
+    layout = ops.Layout([600, 0, 400], [3, 1, 5], [64, 8, 72])
+    rows = [x[:600].view(20, 30), x[600:600], x[600:].to(torch.bfloat16)]
+    table_packed, table_scales = ops.quantize_pack_table(x, layout)
+    yield "pack", (codes, 3)
+    yield "pack_out", (codes, 3, packed.clone())
     yield "unpack", (packed, 3, 1000)
-    yield "quantize_pack", (x.to(torch.bfloat16), 3, 64, -5, 2**40, True)
+    yield "unpack_out", (packed, 3, codes.clone())
+    yield "quantize_pack", (x.to(torch.bfloat16), 3, 64, -5, 2**40, 1)
+    yield "quantize_pack_out", (x, 3, 64, -5, 2**40, 2, packed.clone(), scales.clone())
     yield "unpack_dequantize", (packed, scales, 3, 64, 1000)
+    yield "unpack_dequantize_out", (packed, scales, 3, 64, x.clone())
     yield "dequantize_accumulate_many", (x, [packed, packed], [scales, scales], [3, 3], 64, [0.5, -0.25])
+    yield "quantize_pack_table", ([x], layout.table, layout.num_bytes, layout.num_scales, -5, 1)
+    yield "quantize_pack_table_out", (rows, layout.table, 5, 0, table_packed.clone(), table_scales.clone())
+    yield "unpack_dequantize_table_out", (table_packed, table_scales, layout.table, [x.clone()])
+    yield "dequantize_accumulate_table", (x, [table_packed], [table_scales], [layout.table], [0.5])
+    yield "rotate_", (x.clone(), layout.table, 64, 3, False)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu-scalar"])
+@pytest.mark.parametrize(
+    "backend", ["reference", "cpu-scalar", *(pytest.param(b, marks=pytest.mark.gpu) for b in ("cuda", "triton"))]
+)
 def test_opcheck(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     select(monkeypatch, backend)
-    for name, args in calls():
+    with torch.device("cuda" if backend in ("cuda", "triton") else "cpu"):
+        cases = list(calls())
+    assert {name for name, _ in cases} == {n.partition("::")[2].partition(".")[0] for n in registered()}
+    for name, args in cases:
         result = torch.library.opcheck(getattr(torch.ops.dynfed_lightning, name).default, args)
         assert set(result.values()) == {"SUCCESS"}, (name, result)
+
+
+def registered() -> list[str]:
+    names = torch._C._dispatch_get_all_op_names()
+    return [n for n in names if n.startswith("dynfed_lightning::")]
 
 
 def round_trip(x: Tensor, seed: int, offset: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -270,14 +356,23 @@ def test_shapes_beyond_32_bits_on_the_meta_device() -> None:
 
 
 @pytest.mark.slow
-def test_indices_beyond_31_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    select(monkeypatch, "cpu-avx2")
-    n = 2**31 + 512 + 5
-    x = torch.zeros(n, dtype=torch.bfloat16)
-    x[-517:] = values(517, torch.bfloat16)
-    packed, scales = ops.quantize_pack(x, 4, 512, seed=1)
-    tail, tail_scales = ops.quantize_pack(x[2**31 :].clone(), 4, 512, seed=1, offset=2**31)
-    assert same(packed[2**30 :], tail) and same(scales[2**22 :], tail_scales) and bool((packed[: 2**30] == 0x88).all())
-    del x
-    codes = ops.unpack(packed, 4, n)
-    assert same(codes[2**31 :], ops.unpack(tail, 4, 517)) and same(ops.pack(codes, 4)[2**30 :], tail)
+@pytest.mark.parametrize("backend", ["cpu-avx2", *(pytest.param(b, marks=pytest.mark.gpu) for b in ("cuda", "triton"))])
+def test_indices_beyond_31_bits(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    select(monkeypatch, backend)
+    with torch.device("cuda" if backend in ("cuda", "triton") else "cpu"):
+        n = 2**31 + 512 + 5
+        x = torch.zeros(n, dtype=torch.bfloat16)
+        x[-517:] = values(517, torch.bfloat16)
+        packed, scales = ops.quantize_pack(x, 4, 512, seed=1)
+        tail, tail_scales = ops.quantize_pack(x[2**31 :].clone(), 4, 512, seed=1, offset=2**31)
+        assert same(packed[2**30 :], tail) and same(scales[2**22 :], tail_scales)
+        assert bool((packed[: 2**30] == 0x88).all())
+        layout = ops.Layout([2**31, 517], 4)
+        assert same(ops.quantize_pack_table(x, layout, seed=1)[0], packed)
+        del x
+        codes = ops.unpack(packed, 4, n)
+        assert same(codes[2**31 :], ops.unpack(tail, 4, 517)) and same(ops.pack(codes, 4)[2**30 :], tail)
+        del codes
+        out = ops.dequantize_accumulate(torch.zeros(n), packed, scales, 4, 512, 0.5)
+        assert same(out[2**31 :] * 2, ops.unpack_dequantize(tail, tail_scales, 4, 512, 517))
+        assert float(out[: 2**31].abs().max()) == 0

@@ -40,7 +40,7 @@ ACC = ops.dequantize_accumulate
         (
             lambda: ops.quantize_pack(X, 4, 8, rounding="up"),
             ValueError,
-            "`rounding` to be one of stochastic, nearest, but got 'up'",
+            "`rounding` to be one of nearest, stochastic, eden, but got 'up'",
         ),
         (
             lambda: ops.quantize_pack(X.double(), 4),
@@ -73,6 +73,84 @@ ACC = ops.dequantize_accumulate
         (lambda: ACC(X, P4, S1, 4, 16, 1e300), ValueError, "`weight` to be a finite float32, but got 1e.300"),
         (lambda: ACC(X, P4, S1, 4, 16, "1"), TypeError, "`weight` to be a number, but got str"),
         (lambda: ACC(X, P4.to("meta"), S1, 4, 16, 1.0), ValueError, "`packed` to be on the device of `out`"),
+        (lambda: ops.pack(P4, 4, out=P4), ValueError, "`out` to hold 4 values, but got 8"),
+        (lambda: ops.pack(P4, 4, out=X[:4]), TypeError, "`out` to be a tensor of uint8, but got torch.float32"),
+        (
+            lambda: ops.unpack(P4, 4, 16, out=P4.repeat(4)[::2]),
+            ValueError,
+            r"`out` to be contiguous, but got strides \(2,",
+        ),
+        (lambda: ops.unpack(P4, 4, 16, out=P4), ValueError, "`out` to hold 16 values, but got 8"),
+        (lambda: ops.quantize_pack(X, 4, 8, out=(P4, S1)), ValueError, r"`out\[1\]` to hold 2 values, but got 1"),
+        (
+            lambda: ops.quantize_pack(X, 4, 16, out=(P4.to("meta"), S1)),
+            ValueError,
+            r"`out\[0\]` to be on the device of `x`",
+        ),
+        (lambda: ops.unpack_dequantize(P4, S1, 4, 16, 16, out=X.half()), TypeError, "`out` to be a tensor of float32"),
+        (
+            lambda: ops.quantize_pack(X, 4, 65544, rounding="eden"),
+            ValueError,
+            "`bucket` to be at most 65536 with rounding 'eden', but got 65544",
+        ),
+        (lambda: ops.rotate(X, 12), ValueError, "`block` to be a power of two, but got 12"),
+        (lambda: ops.rotate(X, 16384), ValueError, "`block` to be an integer from 1 to 8192, but got 16384"),
+        (lambda: ops.rotate(X.int()), TypeError, "`x` to be a tensor of float32 or bfloat16 or float16"),
+        (lambda: ops.rotate(X, out=torch.zeros(8)), ValueError, "`out` to hold 16 values, but got 8"),
+        (lambda: ops.rotate(X, layout=ops.Layout([17], 4)), ValueError, "`x` to hold at least 17 values, but got 16"),
+        (
+            lambda: ops.Layout([16, 3], [4]),
+            ValueError,
+            r"`sizes`, `bits`, .* of one length, but got lengths \(2, 1, 2, 2, 2\)",
+        ),
+        (lambda: ops.Layout([16], 9), ValueError, "`bits` to be an integer from 1 to 8, but got 9"),
+        (lambda: ops.Layout([16], 4, 12), ValueError, "`bucket` to be a positive multiple of 8, but got 12"),
+        (lambda: ops.Layout([-1], 4), ValueError, "`sizes` to be an integer from 0 .* but got -1"),
+        (lambda: ops.Layout([16], 4, starts=[-1]), ValueError, "`starts` .* but got -1"),
+        (lambda: ops.Layout([16], 4, offsets=[4]), ValueError, "`offsets` to be multiples of 8, but got 4"),
+        (lambda: ops.Layout([16.0], 4), TypeError, "`sizes` to be an integer, but got float"),
+        (
+            lambda: ops.quantize_pack_table(X, ops.Layout([9, 8], 4)),
+            ValueError,
+            "`x` to hold at least 17 values, but got 16",
+        ),
+        (
+            lambda: ops.quantize_pack_table([X, X], ops.Layout([16, 8], 4)),
+            ValueError,
+            r"`x` to be tensors of the table's sizes \(16, 8\), but got \(16, 16\)",
+        ),
+        (
+            lambda: ops.quantize_pack_table([X, X.to("meta")], ops.Layout([16, 16], 4)),
+            ValueError,
+            r"`x` to be on the device of `x\[0\]` \(.*\), but got meta",
+        ),
+        (
+            lambda: ops.quantize_pack_table(X, ops.Layout([16], 4, 2**17), rounding="eden"),
+            ValueError,
+            "`bucket` to be at most 65536",
+        ),
+        (
+            lambda: ops.unpack_dequantize_table(P4, S1, ops.Layout([16], 5)),
+            ValueError,
+            "`packed` to hold 10 values for Layout.*, but got 8",
+        ),
+        (
+            lambda: ops.unpack_dequantize_table(P4, S1, ops.Layout([16], 4), out=torch.zeros(15)),
+            ValueError,
+            "`out` to hold at least 16 values, but got 15",
+        ),
+        (
+            lambda: ops.dequantize_accumulate_table(
+                X, [P4, P4], [S1, S1], [ops.Layout([16], 4), ops.Layout([16], 4, starts=[1])], [1.0, 1.0]
+            ),
+            ValueError,
+            "`layouts` to differ in bits only, but got Layout",
+        ),
+        (
+            lambda: ops.dequantize_accumulate_table(X, [P4], [S1], [ops.Layout([16], 4)], [math.inf]),
+            ValueError,
+            "`weight` to be a finite float32, but got inf",
+        ),
         (
             lambda: ops.dequantize_accumulate_many(X, [P4], [S1], [4, 4], 16, [1.0]),
             ValueError,
@@ -80,29 +158,44 @@ ACC = ops.dequantize_accumulate
         ),
     ],
 )
-def test_bad_arguments(any_backend: str, call: Callable[[], object], error: type[Exception], message: str) -> None:
+def test_bad_arguments(
+    any_backend: str,
+    call: Callable[[], object],
+    error: type[Exception],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("X", "P4", "S1"):  # what the cases' lambdas look up, on the device of the backend
+        monkeypatch.setitem(globals(), name, globals()[name].to(torch.get_default_device()))
     with pytest.raises(error, match=message):
         call()
 
 
 def test_the_kernels_check_sizes_too(cpp_backend: str) -> None:
     """Called around ops.py, a wrong size must still not touch foreign memory."""
-    with pytest.raises(RuntimeError, match="Expected `packed` to be a contiguous CPU tensor"):
+    with pytest.raises(RuntimeError, match="Expected `packed` to have 500 elements, but got 8"):
         torch.ops.dynfed_lightning.unpack(P4, 4, 1000)
     with pytest.raises(RuntimeError, match="Expected `scales`"):
         torch.ops.dynfed_lightning.dequantize_accumulate_many(X.clone(), [P4], [torch.zeros(0)], [4], 16, [1.0])
     with pytest.raises(RuntimeError, match="Expected `bits`"):
-        torch.ops.dynfed_lightning.quantize_pack(X, 9, 8, 0, 0, True)
+        torch.ops.dynfed_lightning.quantize_pack(X, 9, 8, 0, 0, 1)
 
 
 # ---- choosing a backend ----
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])
-def test_backends_of_later_builds_say_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_backends_refuse_cpu_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DYNFED_BACKEND", name)
-    with pytest.raises(RuntimeError, match=f"but got '{name}': its kernels are not available"):
+    with pytest.raises(ValueError, match=f"Expected tensors on cuda with DYNFED_BACKEND={name}, but got cpu"):
         ops.quantize_pack(X, 4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_gpu_backends_say_why_they_cannot_run(name: str) -> None:
+    reason = _ops_backends.missing(name)
+    assert reason and not reason.endswith(".")
 
 
 def test_unknown_backend_and_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +207,9 @@ def test_unknown_backend_and_instruction_set(monkeypatch: pytest.MonkeyPatch) ->
     select(monkeypatch, "cpu-scalar")
     assert ops.backend() == "cpu (scalar)"
     monkeypatch.setenv("DYNFED_CPU_ISA", "neon")
-    with pytest.raises(ValueError, match="`DYNFED_CPU_ISA` to be one of auto, scalar, avx2, avx512, but got 'neon'"):
+    with pytest.raises(
+        ValueError, match="`DYNFED_CPU_ISA` to be one of auto, scalar, avx2, avx512, avx512vbmi, but got 'neon'"
+    ):
         ops.quantize_pack(X, 4)
 
 
@@ -123,12 +218,14 @@ def test_without_the_kernels_auto_warns_once_and_cpu_refuses(monkeypatch: pytest
     _ops_backends._say_once.cache_clear()
     monkeypatch.setenv("DYNFED_BACKEND", "cpu")
     with pytest.raises(
-        RuntimeError, match=r"Expected the C\+\+ kernels to be built with DYNFED_BACKEND=cpu, but it is not built\."
+        RuntimeError,
+        match=r"Expected `DYNFED_BACKEND` to be a backend that can run here, but got 'cpu': it is not built\.",
     ):
         ops.pack(P4, 4)
     monkeypatch.setenv("DYNFED_BACKEND", "")
     with pytest.warns(
-        RuntimeWarning, match=r"C\+\+ kernels of dynfed_lightning are missing \(it is not built\); the PyTorch"
+        RuntimeWarning,
+        match=r"kernels of dynfed_lightning for 'cpu' tensors are missing \(cpu: it is not built\); the PyTorch",
     ):
         ops.pack(P4, 4)
     with warnings.catch_warnings():

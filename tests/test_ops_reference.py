@@ -101,6 +101,73 @@ def test_reference_equals_slow_python(n: int, bits: int, monkeypatch: pytest.Mon
         assert ops.unpack_dequantize(packed, scales, bits, bucket, n).tolist() == decoded
 
 
+STEPS = {2: 1.0487, 3: 0.6024, 4: 0.3389, 5: 0.1885, 6: 0.1042, 7: 0.0567, 8: 0.0307}
+
+
+def slow_eden(x: list[float], bits: int, bucket: int) -> tuple[list[int], list[float]]:
+    """EDEN's codes and scales in Python integers and numpy's float32 scalars."""
+    f, codes, scales = np.float32, [], []
+    for start in range(0, len(x), bucket):
+        part = [f(v) for v in x[start : start + bucket]]
+        amax = max(abs(v) for v in part)
+        zero = not amax > f(1e-30)
+        units = [0 if zero else int(v * (f(2**20) / amax)) for v in part]
+        energy = sum(u * u for u in units)
+        if bits == 1:
+            levels = [1 if v >= 0 else -1 for v in part]
+            dot = sum(map(abs, units))
+            codes += [int(v >= 0) for v in part]
+        else:
+            step = f(STEPS[bits]) * np.sqrt(f(energy) / f(len(part)))
+            inverse = f(0) if zero else f(65536) / step
+            half = 2 ** (bits - 1)
+            levels = [min(max((int(f(u) * inverse) + 32768) >> 16, -half), half - 1) for u in units]
+            dot = sum(u * q for u, q in zip(units, levels, strict=True))
+            codes += [q + half for q in levels]
+        scales.append(0.0 if zero else float((amax * f(2.0**-20)) * (f(energy) / f(dot))))
+    return codes, scales
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("n", [1, 7, 9, 200])
+def test_eden_rounding_equals_slow_python(n: int, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    select(monkeypatch, "reference")
+    x = values(n, seed=n)
+    x[0] = 0.0
+    for bucket in (8, 64):
+        packed, scales = ops.quantize_pack(x, bits, bucket, rounding="eden")
+        codes, expected = slow_eden(x.tolist(), bits, bucket)
+        assert ops.unpack(packed, bits, n).tolist() == codes
+        assert scales.tolist() == expected
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 8, 13, 40])
+def test_rotation_is_the_matrix_it_should_be(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotated unit vectors are the columns of the product of the block matrices, signs by slow Philox."""
+    select(monkeypatch, "reference")
+    block, seed, offset = 8, 2**64 - 3, 2**35 - 8
+    size = min(block, 2 ** int(math.log2(n)))
+    hadamard = np.array([[(-1) ** (i & j).bit_count() for j in range(size)] for i in range(size)]) / math.sqrt(size)
+
+    def flips(i: int, domain: int) -> int:
+        group = (offset >> 3) + i // 128
+        words = slow_philox(seed, (group % 2**32, group >> 32, domain, 0))
+        return -1 if words[i % 128 // 32] >> i % 32 & 1 else 1
+
+    whole = n // size * size
+    first, tail = np.eye(n), np.eye(n)
+    for start in range(0, whole, size):
+        signs = np.diag([flips(start + i, 1) for i in range(size)])
+        first[start : start + size, start : start + size] = hadamard @ signs
+    if whole < n:
+        tail[n - size :, n - size :] = hadamard @ np.diag([flips(i, 2) for i in range(size)])
+    layout = ops.Layout([n], 8, offsets=[offset])
+    columns = torch.stack([ops.rotate(e, block, seed, layout=layout) for e in torch.eye(n)], dim=1)
+    assert np.abs(columns.numpy() - tail @ first).max() < 1e-6
+    back = torch.stack([ops.rotate(e, block, seed, layout=layout, inverse=True) for e in torch.eye(n)], dim=1)
+    assert np.abs(back.numpy() - (tail @ first).T).max() < 1e-6
+
+
 def exact_float32(value: Fraction) -> float:
     """`value` rounded once to float32 (ties to even), for normal numbers."""
     if value == 0:

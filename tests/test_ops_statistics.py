@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from ops_support import BACKENDS, backend_fixture, select
+from ops_support import BACKENDS, backend_fixture, gaussian, select
 from torch import Tensor
 
 from dynfed_lightning import _reference, ops
@@ -27,7 +27,7 @@ def errors_in_steps(x: Tensor, bits: int, seed: int, bucket: int = 512) -> tuple
 
 
 def check_moments(n: int, bits: int, seed: int) -> None:
-    x = torch.randn(n, generator=torch.Generator().manual_seed(seed))
+    x = gaussian(n, seed)
     error, up = errors_in_steps(x, bits, seed)
     variance = up * (1 - up)  # of a value that rounds up with probability `up`
     standard_error = math.sqrt(float(variance.sum())) / n
@@ -65,7 +65,7 @@ def test_one_value_under_many_indices_rounds_up_as_often_as_it_should(fraction: 
 
 def test_relative_variance_of_gaussian_vectors() -> None:
     """Relative variance of 512-buckets with the maximum as scale: E f(1-f) step^2 over the mean square."""
-    x = torch.randn(1_000_000, generator=torch.Generator().manual_seed(5))
+    x = gaussian(1_000_000, 5)
     relative = {}
     for bits in (2, 3, 4, 6, 8):
         packed, scales = ops.quantize_pack(x, bits, seed=bits)
@@ -95,7 +95,7 @@ def test_every_random_bit_is_fair_and_neighbours_are_independent() -> None:
 def test_averaging_clients_averages_the_noise_away(monkeypatch: pytest.MonkeyPatch) -> None:
     """What makes quantised federated averaging work: independent seeds, errors falling as 1 / clients."""
     select(monkeypatch, "reference")
-    x = torch.randn(20_000, generator=torch.Generator().manual_seed(8))
+    x = gaussian(20_000, 8)
     single = []
     out = torch.zeros_like(x)
     for k in range(16):

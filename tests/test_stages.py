@@ -135,7 +135,7 @@ def test_quantize_policies_see_the_tensors_own_names():
         ({"bits": 4, "bucket": 0}, "`bucket`"),
         ({"bits": 4, "bucket": 12}, "`bucket` to be a positive multiple of 8, but got 12"),
         ({"bits": 4, "bucket": 8.0}, "`bucket`"),
-        ({"bits": 4, "rounding": "up"}, "`rounding` to be 'stochastic' or 'nearest', but got 'up'"),
+        ({"bits": 4, "rounding": "up"}, "`rounding` to be one of nearest, stochastic, eden, but got 'up'"),
     ],
 )
 def test_quantize_refuses(kwargs, message):

@@ -11,9 +11,21 @@ from dynfed_lightning.stages.base import CodecContext, Part, Stage, Table
 from dynfed_lightning.stages.cast import Cast
 from dynfed_lightning.stages.error_feedback import ErrorFeedback
 from dynfed_lightning.stages.quantize import Quantize
+from dynfed_lightning.stages.rotate import Rotate
 from dynfed_lightning.stages.topk import TopK
 
-__all__ = ["Cast", "CodecContext", "ErrorFeedback", "Part", "Quantize", "Stage", "Table", "TopK", "from_wire_name"]
+__all__ = [
+    "Cast",
+    "CodecContext",
+    "ErrorFeedback",
+    "Part",
+    "Quantize",
+    "Rotate",
+    "Stage",
+    "Table",
+    "TopK",
+    "from_wire_name",
+]
 
 _CASTS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -31,6 +43,8 @@ def from_wire_name(name: str) -> Stage | None:
     try:
         if kind == "quantize" and argument is not None and re.fullmatch(r"[1-9][0-9]{0,9}", argument):
             return Quantize(None, bucket=int(argument))
+        if kind == "rotate" and argument is not None and re.fullmatch(r"[1-9][0-9]{0,3}", argument):
+            return Rotate(int(argument))
         if kind == "cast" and argument in _CASTS:
             return Cast(_CASTS[argument])
     except ValueError as error:
