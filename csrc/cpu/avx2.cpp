@@ -216,20 +216,31 @@ struct Avx2 {
     return c;
   }
 
-  template <int B, bool kAccumulate>
-  static void dequantize64(const Codes& c, float factor, float* out) {
-    const __m256 f = _mm256_set1_ps(factor);
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) {
-      const __m256i w = c.part[h];
-      const __m256i level = B == 1 ? _mm256_sub_epi8(_mm256_add_epi8(w, w), _mm256_set1_epi8(1))
-                                   : _mm256_sub_epi8(w, _mm256_set1_epi8(char(1 << (B - 1))));
-      const __m128i low = _mm256_castsi256_si128(level), high = _mm256_extracti128_si256(level, 1);
-      finish<kAccumulate>(low, f, out + 32 * h);
-      finish<kAccumulate>(_mm_srli_si128(low, 8), f, out + 32 * h + 8);
-      finish<kAccumulate>(high, f, out + 32 * h + 16);
-      finish<kAccumulate>(_mm_srli_si128(high, 8), f, out + 32 * h + 24);
-    }
+  static constexpr int kSegment = 1;  // half of the sixteen registers
+  struct Values {
+    __m256 part[8];
+  };
+  static Values load_values(const float* p) {
+    Values v;
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) v.part[j] = _mm256_loadu_ps(p + 8 * j);
+    return v;
+  }
+  static void store_values(float* p, const Values& v) {
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) _mm256_storeu_ps(p + 8 * j, v.part[j]);
+  }
+  template <int B>
+  static Values scale64(const uint8_t* in, float factor) {
+    Values v;
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) v.part[j] = _mm256_mul_ps(levels8<B>(in, j), _mm256_set1_ps(factor));
+    return v;
+  }
+  template <int B>
+  static void add64(const uint8_t* in, float factor, Values& sums) {
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) sums.part[j] = _mm256_fmadd_ps(levels8<B>(in, j), _mm256_set1_ps(factor), sums.part[j]);
   }
 
   static constexpr int kLanes = 8;
@@ -290,10 +301,27 @@ struct Avx2 {
     const __m256i moved = _mm256_and_si256(_mm256_slli_epi64(w, kShift), _mm256_set1_epi64x(int64_t(high)));
     return _mm256_or_si256(_mm256_and_si256(w, _mm256_set1_epi64x(int64_t(low))), moved);
   }
-  template <bool kAccumulate>
-  static void finish(__m128i level, __m256 factor, float* out) {
-    const __m256 value = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(level));
-    _mm256_storeu_ps(out, kAccumulate ? _mm256_fmadd_ps(factor, value, _mm256_loadu_ps(out)) : _mm256_mul_ps(factor, value));
+  // The levels of elements 8 * j .. 8 * j + 7 of a block. Sixteen codes are 2 * B whole bytes, in both halves of a vector; each
+  // 32-bit lane takes the two bytes that hold its code, and shifts.
+  template <int B>
+  static __m256 levels8(const uint8_t* in, int j) {
+    alignas(32) int8_t index[32];
+    alignas(32) int32_t shift[8];
+    for (int i = 0; i < 8; ++i) {
+      const int bit = B * (8 * (j & 1) + i);
+      for (int k = 0; k < 4; ++k) index[4 * i + k] = int8_t(k < 2 && bit / 8 + k < 2 * B ? bit / 8 + k : -1);
+      shift[i] = bit & 7;
+    }
+    __m256i w = _mm256_broadcastsi128_si256(load16b(in + 2 * B * (j >> 1)));
+    w = _mm256_srlv_epi32(_mm256_shuffle_epi8(w, load32(index)), load32(shift));
+    if (B <= 3) {  // eight levels are a table in a register
+      alignas(32) float level[8];
+      for (int i = 0; i < 8; ++i) level[i] = float(level_of(uint8_t(i & ((1 << B) - 1)), B));
+      return _mm256_permutevar8x32_ps(_mm256_load_ps(level), w);
+    }
+    // 2^23 + code as a float has the code for its low bits; the difference is exact.
+    w = _mm256_or_si256(_mm256_and_si256(w, _mm256_set1_epi32((1 << B) - 1)), _mm256_set1_epi32(0x4b000000));
+    return _mm256_sub_ps(_mm256_castsi256_ps(w), _mm256_set1_ps(8388608.0f + float(1 << (B - 1))));
   }
 };
 

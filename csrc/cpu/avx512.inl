@@ -191,15 +191,29 @@ struct Avx512 {
     return spread<8 - B>(w, by1, by1 << 8);
   }
 
-  template <int B, bool kAccumulate>
-  static void dequantize64(Codes c, float factor, float* out) {
-    const __m512i level = B == 1 ? _mm512_sub_epi8(_mm512_add_epi8(c, c), _mm512_set1_epi8(1))
-                                 : _mm512_sub_epi8(c, _mm512_set1_epi8(char(1 << (B - 1))));
-    const __m512 f = _mm512_set1_ps(factor);
-    finish<kAccumulate>(_mm512_castsi512_si128(level), f, out);
-    finish<kAccumulate>(_mm512_extracti32x4_epi32(level, 1), f, out + 16);
-    finish<kAccumulate>(_mm512_extracti32x4_epi32(level, 2), f, out + 32);
-    finish<kAccumulate>(_mm512_extracti32x4_epi32(level, 3), f, out + 48);
+  static constexpr int kSegment = 4;  // half of the 32 registers
+  struct Values {
+    __m512 part[4];
+  };
+  static Values load_values(const float* p) {
+    return {{_mm512_loadu_ps(p), _mm512_loadu_ps(p + 16), _mm512_loadu_ps(p + 32), _mm512_loadu_ps(p + 48)}};
+  }
+  static void store_values(float* p, const Values& v) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) _mm512_storeu_ps(p + 16 * j, v.part[j]);
+  }
+  template <int B>
+  static Values scale64(const uint8_t* in, float factor) {
+    Values v;
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) v.part[j] = _mm512_mul_ps(levels16<B>(in + 2 * B * j), _mm512_set1_ps(factor));
+    return v;
+  }
+  template <int B>
+  static void add64(const uint8_t* in, float factor, Values& sums) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j)
+      sums.part[j] = _mm512_fmadd_ps(levels16<B>(in + 2 * B * j), _mm512_set1_ps(factor), sums.part[j]);
   }
 
   static constexpr int kLanes = 16;
@@ -260,9 +274,24 @@ struct Avx512 {
     const __m512i moved = _mm512_and_si512(_mm512_slli_epi64(w, kShift), _mm512_set1_epi64(int64_t(high)));
     return _mm512_or_si512(_mm512_and_si512(w, _mm512_set1_epi64(int64_t(low))), moved);
   }
-  template <bool kAccumulate>
-  static void finish(__m128i level, __m512 factor, float* out) {
-    const __m512 value = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(level));
-    _mm512_storeu_ps(out, kAccumulate ? _mm512_fmadd_ps(factor, value, _mm512_loadu_ps(out)) : _mm512_mul_ps(factor, value));
+  // The levels of sixteen codes, which are 2 * B bytes: each 32-bit lane takes the two bytes that hold its code, and shifts.
+  template <int B>
+  static __m512 levels16(const uint8_t* in) {
+    alignas(64) int8_t index[64];
+    alignas(64) int32_t shift[16];
+    for (int i = 0; i < 16; ++i) {
+      for (int k = 0; k < 4; ++k) index[4 * i + k] = int8_t(k < 2 && B * i / 8 + k < 2 * B ? B * i / 8 + k : -1);
+      shift[i] = B * i & 7;
+    }
+    __m512i w = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(load16b(in)), _mm512_load_si512(index));
+    w = _mm512_srlv_epi32(w, _mm512_load_si512(shift));
+    if (B <= 4) {  // sixteen levels are a table in a register
+      alignas(64) float level[16];
+      for (int i = 0; i < 16; ++i) level[i] = float(level_of(uint8_t(i & ((1 << B) - 1)), B));
+      return _mm512_permutexvar_ps(w, _mm512_load_ps(level));
+    }
+    // 2^23 + code as a float has the code for its low bits; the difference is exact. The constant: (w & mask) | 2^23.
+    w = _mm512_ternarylogic_epi32(w, _mm512_set1_epi32((1 << B) - 1), _mm512_set1_epi32(0x4b000000), 0xEA);
+    return _mm512_sub_ps(_mm512_castsi512_ps(w), _mm512_set1_ps(8388608.0f + float(1 << (B - 1))));
   }
 };

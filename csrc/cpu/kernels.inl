@@ -9,13 +9,34 @@
 //   eden64<B>(Sum, x, inverse, inverse_step) -> Codes   adds the products of units and levels, see core/eden.h
 //   square_root(v)                               of a float, correctly rounded
 //   pack64<B>(Codes, out), unpack64<B>(in)       may touch kReach<B> bytes, of which 8 * B count
-//   dequantize64<B, accumulate>(Codes, factor, out)
+//   Values, load_values(p), store_values(p, Values)   64 floats in registers; kSegment is how many of these fit beside the rest
+//   scale64<B>(in, factor) -> Values             the levels of the codes at `in`, times the factor; may touch kReach<B> bytes
+//   add64<B>(in, factor, Values)                 adds them, fused
 // and what rotate.inl needs.
 // Included inside an anonymous namespace: nothing here may be shared between instruction sets.
+
+// From a number known at run time to a template argument B.
+#define DYNFED_FOR_BITS(bits, CALL) \
+  switch (bits) {                   \
+    case 1: { constexpr int B = 1; CALL; break; } \
+    case 2: { constexpr int B = 2; CALL; break; } \
+    case 3: { constexpr int B = 3; CALL; break; } \
+    case 4: { constexpr int B = 4; CALL; break; } \
+    case 5: { constexpr int B = 5; CALL; break; } \
+    case 6: { constexpr int B = 6; CALL; break; } \
+    case 7: { constexpr int B = 7; CALL; break; } \
+    default: { constexpr int B = 8; CALL; break; } \
+  }
 
 // pack64 and unpack64 move four 16-byte pieces at a distance of 2 * B bytes.
 template <int B>
 constexpr int64_t kReach = 6 * B + 16;
+constexpr int64_t kReachElements = 112;  // what the reach beyond 8 * B bytes is at most, in elements
+constexpr int64_t kPrefetch = 1024;      // bytes ahead; of many streams, each read in pieces, the hardware foresees too little
+
+inline void prefetch(const uint8_t* p, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(p + at);
+}
 
 template <class Isa, int B>
 void pack_range(const uint8_t* codes, uint8_t* packed, int64_t begin, int64_t end, unsigned& seen) {
@@ -43,13 +64,12 @@ void pack_range(const uint8_t* codes, uint8_t* packed, int64_t begin, int64_t en
   for (uint8_t m : merged) seen |= m;
 }
 
-// The codes of `count` <= 64 elements at `in`, of which the buffer holds bytes up to `in_end`.
-template <class Isa, int B>
-inline typename Isa::Codes unpack_guarded(const uint8_t* in, const uint8_t* in_end, int64_t count) {
-  if (in + kReach<B> <= in_end) return Isa::template unpack64<B>(in);
-  alignas(64) uint8_t bytes[kBlock + 16] = {};
+// The packed codes of `count` <= 64 elements at `in`: there, or a copy where the buffer ends within reach.
+template <int B>
+inline const uint8_t* guarded(const uint8_t* in, const uint8_t* in_end, int64_t count, uint8_t (&bytes)[kBlock + 16]) {
+  if (in + kReach<B> <= in_end) return in;
   memcpy(bytes, in, (count * B + 7) / 8);
-  return Isa::template unpack64<B>(bytes);
+  return bytes;
 }
 
 template <class Isa, int B>
@@ -57,7 +77,8 @@ void unpack_range(const uint8_t* packed, uint8_t* codes, int64_t n, int64_t begi
   const uint8_t* const in_end = packed + (n * B + 7) / 8;
   for (int64_t i = begin; i < end; i += kBlock) {
     const int64_t count = end - i < kBlock ? end - i : kBlock;
-    const auto block = unpack_guarded<Isa, B>(packed + i / 8 * B, in_end, count);
+    alignas(64) uint8_t bytes[kBlock + 16];
+    const auto block = Isa::template unpack64<B>(guarded<B>(packed + i / 8 * B, in_end, count, bytes));
     if (count == kBlock) {
       Isa::store(codes + i, block);
     } else {
@@ -68,28 +89,86 @@ void unpack_range(const uint8_t* packed, uint8_t* codes, int64_t n, int64_t begi
   }
 }
 
-// Values of one item into `out`, or times a weight onto `out`; from is a multiple of 8.
-template <class Isa, int B, bool kAccumulate>
-void dequantize_range(const DequantizeItem& a, const Payload& p, float weight, int64_t from, int64_t to) {
+// Calls f(bucket, from, to) for the part of every bucket that lies in [from, to).
+template <class F>
+inline void for_buckets(int64_t bucket, int64_t from, int64_t to, const F& f) {
+  for (int64_t k = from / bucket; from < to; ++k) {
+    const int64_t stop = (k + 1) * bucket < to ? (k + 1) * bucket : to;
+    f(k, from, stop);
+    from = stop;
+  }
+}
+
+// Values of elements [from, to) of an item into `out`; from is a multiple of 8.
+template <class Isa, int B>
+void dequantize_range(const DequantizeItem& a, int64_t from, int64_t to) {
+  const Payload& p = a.payloads[0];
   const uint8_t* const in_end = p.packed + (a.n * B + 7) / 8;
-  for (int64_t i = from; i < to;) {
-    const int64_t k = i / a.bucket;
-    const int64_t stop = (k + 1) * a.bucket < to ? (k + 1) * a.bucket : to;
-    const float factor = kAccumulate ? p.scales[k] * weight : p.scales[k];
+  for_buckets(a.bucket, from, to, [&](int64_t k, int64_t i, int64_t stop) {
+    const float factor = p.scales[k];
     for (; i < stop; i += kBlock) {
       const int64_t count = stop - i < kBlock ? stop - i : kBlock;
-      const auto codes = unpack_guarded<Isa, B>(p.packed + i / 8 * B, in_end, count);
+      alignas(64) uint8_t bytes[kBlock + 16];
+      const auto values = Isa::template scale64<B>(guarded<B>(p.packed + i / 8 * B, in_end, count, bytes), factor);
       if (count == kBlock) {
-        Isa::template dequantize64<B, kAccumulate>(codes, factor, a.out + i);
+        Isa::store_values(a.out + i, values);
       } else {
-        alignas(64) float values[kBlock] = {};
-        if (kAccumulate) memcpy(values, a.out + i, count * sizeof(float));
-        Isa::template dequantize64<B, kAccumulate>(codes, factor, values);
-        memcpy(a.out + i, values, count * sizeof(float));
+        alignas(64) float padded[kBlock];
+        Isa::store_values(padded, values);
+        memcpy(a.out + i, padded, count * sizeof(float));
       }
     }
-    i = stop;
+  });
+}
+
+// Adds kBlocks blocks of every client, whose factors are given, to `out` at element i of the item, of which `count` are wanted.
+// The sums stay in registers from client to client.
+template <class Isa, int kBlocks>
+inline void accumulate_segment(const DequantizeItem& a, const Payload* payloads, const float* factors, int64_t clients, int64_t i,
+                               int64_t count) {
+  alignas(64) float padded[kBlocks * kBlock];
+  float* const out = count == kBlocks * kBlock ? a.out + i : padded;
+  if (out == padded) memcpy(padded, a.out + i, count * sizeof(float));
+  const bool near_end = i + kBlocks * kBlock + kReachElements > a.n;
+  typename Isa::Values sums[kBlocks];
+#pragma GCC unroll 4
+  for (int b = 0; b < kBlocks; ++b) sums[b] = Isa::load_values(out + b * kBlock);
+  for (int64_t c = 0; c < clients; ++c) {
+    const Payload& p = payloads[c];
+    const float factor = factors[c];
+    const uint8_t* in = p.packed + i / 8 * p.bits;
+    alignas(64) uint8_t bytes[kBlocks * kBlock + 16];
+    if (near_end) {
+      memcpy(bytes, in, (count * p.bits + 7) / 8);
+      in = bytes;
+    } else {
+      prefetch(in + kPrefetch, kBlocks * 8 * p.bits);
+    }
+    DYNFED_FOR_BITS(p.bits, {
+      _Pragma("GCC unroll 4") for (int b = 0; b < kBlocks; ++b) Isa::template add64<B>(in + b * 8 * B, factor, sums[b]);
+    })
   }
+#pragma GCC unroll 4
+  for (int b = 0; b < kBlocks; ++b) Isa::store_values(out + b * kBlock, sums[b]);
+  if (out == padded) memcpy(a.out + i, padded, count * sizeof(float));
+}
+
+// All clients onto elements [from, to) of an item, in one pass over `out`.
+template <class Isa>
+void accumulate_range(const DequantizeItem& a, const float* weights, int64_t clients, int64_t from, int64_t to) {
+  constexpr int64_t kGroup = 64, kWide = Isa::kSegment * kBlock;
+  for_buckets(a.bucket, from, to, [&](int64_t k, int64_t begin, int64_t stop) {
+    for (int64_t c = 0; c < clients; c += kGroup) {
+      const Payload* const payloads = a.payloads + c;
+      const int64_t count = clients - c < kGroup ? clients - c : kGroup;
+      float factors[kGroup];
+      for (int64_t j = 0; j < count; ++j) factors[j] = payloads[j].scales[k] * weights[c + j];
+      int64_t i = begin;
+      for (; i + kWide <= stop; i += kWide) accumulate_segment<Isa, Isa::kSegment>(a, payloads, factors, count, i, kWide);
+      for (; i < stop; i += kBlock)
+        accumulate_segment<Isa, 1>(a, payloads, factors, count, i, stop - i < kBlock ? stop - i : kBlock);
+    }
+  });
 }
 
 // Calls f(item, from, to) for the part of every item that lies in [begin, end) of the line.
@@ -110,20 +189,6 @@ inline void for_items(const Item* items, int64_t count, int64_t begin, int64_t e
 
 #include "quantize.inl"
 #include "rotate.inl"
-
-// ---- from numbers known at run time to the templates ----
-
-#define DYNFED_FOR_BITS(bits, CALL) \
-  switch (bits) {                   \
-    case 1: { constexpr int B = 1; CALL; break; } \
-    case 2: { constexpr int B = 2; CALL; break; } \
-    case 3: { constexpr int B = 3; CALL; break; } \
-    case 4: { constexpr int B = 4; CALL; break; } \
-    case 5: { constexpr int B = 5; CALL; break; } \
-    case 6: { constexpr int B = 6; CALL; break; } \
-    case 7: { constexpr int B = 7; CALL; break; } \
-    default: { constexpr int B = 8; CALL; break; } \
-  }
 
 template <class Isa>
 struct Table {
@@ -148,21 +213,12 @@ struct Table {
   }
   static void dequantize(const DequantizeArgs& a, int64_t begin, int64_t end) {
     for_items(a.items, a.count, begin, end, [&](const DequantizeItem& item, int64_t from, int64_t to) {
-      const Payload& p = item.payloads[0];
-      DYNFED_FOR_BITS(p.bits, (dequantize_range<Isa, B, false>(item, p, 1.0f, from, to)))
+      DYNFED_FOR_BITS(item.payloads[0].bits, (dequantize_range<Isa, B>(item, from, to)))
     });
   }
-  // All clients on one piece of `out` before the next: it stays in the nearest cache, so memory sees one pass.
   static void accumulate(const DequantizeArgs& a, int64_t begin, int64_t end) {
-    constexpr int64_t kPiece = 2048;
     for_items(a.items, a.count, begin, end, [&](const DequantizeItem& item, int64_t from, int64_t to) {
-      for (int64_t i = from; i < to; i += kPiece) {
-        const int64_t stop = i + kPiece < to ? i + kPiece : to;
-        for (int64_t c = 0; c < a.clients; ++c) {
-          const Payload& p = item.payloads[c];
-          DYNFED_FOR_BITS(p.bits, (dequantize_range<Isa, B, true>(item, p, a.weights[c], i, stop)))
-        }
-      }
+      accumulate_range<Isa>(item, a.weights, a.clients, from, to);
     });
   }
   static void rotate(const RotateArgs& a, int64_t begin, int64_t end) {

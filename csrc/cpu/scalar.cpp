@@ -105,12 +105,27 @@ struct Scalar {
     return c;
   }
 
-  template <int B, bool kAccumulate>
-  static void dequantize64(const Codes& c, float factor, float* out) {
-    for (int i = 0; i < 64; ++i) {
-      const float level = float(level_of(c.code[i], B));
-      out[i] = kAccumulate ? std::fma(factor, level, out[i]) : level * factor;
-    }
+  static constexpr int kSegment = 1;
+  struct Values {
+    float value[64];
+  };
+  static Values load_values(const float* p) {
+    Values v;
+    memcpy(v.value, p, sizeof(v.value));
+    return v;
+  }
+  static void store_values(float* p, const Values& v) { memcpy(p, v.value, sizeof(v.value)); }
+  template <int B>
+  static Values scale64(const uint8_t* in, float factor) {
+    const Codes c = unpack64<B>(in);
+    Values v;
+    for (int i = 0; i < 64; ++i) v.value[i] = float(level_of(c.code[i], B)) * factor;
+    return v;
+  }
+  template <int B>
+  static void add64(const uint8_t* in, float factor, Values& sums) {
+    const Codes c = unpack64<B>(in);
+    for (int i = 0; i < 64; ++i) sums.value[i] = std::fma(factor, float(level_of(c.code[i], B)), sums.value[i]);
   }
 
   static constexpr int kLanes = 8;  // the flips of a byte
