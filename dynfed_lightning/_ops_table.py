@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import _ops_autograd
 from ._ops_checks import (
     INPUT_DTYPES,
     MAX_ROTATE_BLOCK,
@@ -162,7 +163,7 @@ def rotate(
         out: float32, contiguous, as many values as `x`; may be `x` itself.
 
     Returns:
-        float32, of the shape of `x`.
+        float32, of the shape of `x`; differentiable in `x` unless written to `out`.
 
     Raises:
         ValueError: `block` or `seed` out of range, or a tensor not of the size, or the device, that it should have.
@@ -177,14 +178,15 @@ def rotate(
     if x.numel() < layout.numel:
         raise ValueError(f"Expected `x` to hold at least {layout.numel} values, but got {x.numel()}.")
     if out is None:
-        result = x.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        if _ops_autograd.wanted(x):
+            return _ops_autograd.Rotate.apply(x, layout.table, block, signed, inverse)
+        out = x.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     else:
         check_out("out", out, torch.float32, x.numel(), "x", x)
-        result = out
         if out is not x:
             out.detach().copy_(x.detach().reshape(out.shape))
-    _OPS.rotate_(result.detach(), layout.table, block, signed, inverse)
-    return result
+    _OPS.rotate_(out.detach(), layout.table, block, signed, inverse)
+    return out
 
 
 def _table_tensors(

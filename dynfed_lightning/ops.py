@@ -4,7 +4,8 @@ Every backend returns the same bits, so a result does not depend on the machine 
 ``DYNFED_BACKEND`` chooses one (``auto``, ``reference``, ``cpu``, ``cuda``, ``triton``) and ``DYNFED_CPU_ISA`` an instruction set
 of the C++ kernels (``auto``, ``scalar``, ``avx2``, ``avx512``, ``avx512vbmi``). All operations are registered under
 ``torch.ops.dynfed_lightning`` and work under ``torch.compile(fullgraph=True)``; on a GPU they run on torch's current stream,
-without waiting for it, and can be captured in a CUDA graph. None is differentiable.
+without waiting for it, and can be captured in a CUDA graph. `rotate` is differentiable in its input and `unpack_dequantize` in
+its scales; nothing else is.
 
 What the codes mean, for ``bits = b``, a bucket's largest magnitude ``amax`` and ``L = 2**(b-1) - 1`` (QSGD, Alistarh et
 al., NeurIPS 2017, eq. 3, with the maximum for the norm; DynFed, He et al., ACM MM 2025, eq. 3):
@@ -34,6 +35,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import _ops_autograd
 from ._ops_backends import describe
 from ._ops_checks import (
     INPUT_DTYPES,
@@ -195,7 +197,7 @@ def unpack_dequantize(
         out: where to write them.
 
     Returns:
-        float32 ``[n]``.
+        float32 ``[n]``; differentiable in `scales` unless written to `out`.
 
     Raises:
         ValueError: a number out of range, or a tensor not of the size they give, or on another device.
@@ -208,6 +210,8 @@ def unpack_dequantize(
     check_scales("scales", scales, n, bucket)
     check_device("scales", scales, "packed", packed)
     if out is None:
+        if _ops_autograd.wanted(scales):
+            return _ops_autograd.Dequantize.apply(packed, scales, bits, bucket, n)
         return _OPS.unpack_dequantize(packed, scales.detach(), bits, bucket, n)
     check_out("out", out, torch.float32, n, "packed", packed)
     _OPS.unpack_dequantize_out(packed, scales.detach(), bits, bucket, out.detach())

@@ -337,6 +337,25 @@ def test_compile_fullgraph_gives_the_same_and_does_not_recompile_for_seeds(any_b
     assert counts[2] == counts[1]
 
 
+def test_gradients_where_they_are_defined(any_backend: str) -> None:
+    bits, bucket, n = 4, 8, 21
+    packed, scales = ops.quantize_pack(values(n, seed=4), bits, bucket)
+    level = ops.unpack(packed, bits, n).float() - 8
+    scales.requires_grad_()
+    weights = gaussian(n)
+    (ops.unpack_dequantize(packed, scales, bits, bucket, n) * weights).sum().backward()
+    want = torch.nn.functional.pad(level * weights, (0, 3)).view(3, 8).sum(dim=1)
+    torch.testing.assert_close(scales.grad, want)
+
+    for dtype in ops.INPUT_DTYPES:
+        x = gaussian(n).to(dtype).requires_grad_()
+        (ops.rotate(x, 16, 3) * weights).sum().backward()
+        assert x.grad is not None and same(x.grad, ops.rotate(weights, 16, 3, inverse=True).to(dtype))
+    with torch.no_grad():
+        assert not ops.rotate(x, 16, 3).requires_grad
+    assert not ops.quantize_pack(x, 4)[1].requires_grad
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inductor's own import
 def test_compile_with_the_default_compiler() -> None:
