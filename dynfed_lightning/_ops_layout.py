@@ -74,9 +74,9 @@ class Layout:
         self.starts, self.offsets = tuple(starts), tuple(offsets)
         bytes_at = [0, *accumulate(packed_size(n, b) for n, b in zip(sizes, bits, strict=True))]
         scales_at = [0, *accumulate(num_buckets(n, k) for n, k in zip(sizes, bucket, strict=True))]
-        self.numel = max((s + n for s, n in zip(starts, sizes, strict=True)), default=0)
+        self.numel = max([0, *(s + n for s, n in zip(starts, sizes, strict=True))])
         self.num_bytes, self.num_scales = bytes_at[-1], scales_at[-1]
-        self.largest_bucket = max(bucket, default=0)
+        self.largest_bucket = max([0, *bucket])
         check_int("the sum of sizes", sum(sizes), 0, MAX_ELEMENTS)
         rows = zip(starts, sizes, bits, bucket, offsets, bytes_at, scales_at, strict=False)
         self.table: Tensor = torch.tensor(list(rows), dtype=torch.int64, device="cpu").reshape(-1, 7)

@@ -236,7 +236,7 @@ def table_round_trip(x: Tensor, layout: ops.Layout) -> tuple[Tensor, Tensor]:
     packed, scales = ops.quantize_pack_table(ops.rotate(x, 64, 3, layout=layout), layout, 5, "eden")
     out = ops.unpack_dequantize_table(packed, scales, layout)
     total = ops.dequantize_accumulate_table(torch.ones_like(x), [packed], [scales], [layout], [0.5])
-    return ops.rotate(out, 64, 3, layout=layout, inverse=True), total + 1
+    return ops.rotate(out, 64, 3, layout=layout, inverse=True), ops.rotate(total + 1)
 
 
 def test_compile_fullgraph(any_backend: str) -> None:
@@ -244,6 +244,20 @@ def test_compile_fullgraph(any_backend: str) -> None:
     x = values(FLAT.numel)
     compiled = torch.compile(table_round_trip, fullgraph=True, backend="aot_eager")
     assert all(same(a, b) for a, b in zip(compiled(x, FLAT), table_round_trip(x, FLAT), strict=True))
+
+
+def test_compile_with_gradients() -> None:
+    torch._dynamo.reset()
+    packed, scales = ops.quantize_pack(values(40), 4, 8)
+
+    def loss(x: Tensor, scales: Tensor) -> Tensor:
+        return (ops.rotate(x, 16, 3) * ops.unpack_dequantize(packed, scales, 4, 8, 40)).sum()
+
+    grads = []
+    for f in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        x, s = values(40, seed=1).requires_grad_(), scales.clone().requires_grad_()
+        grads.append(torch.autograd.grad(f(x, s), (x, s)))
+    assert all(same(a, b) and float(a.abs().max()) > 0 for a, b in zip(*grads, strict=True))
 
 
 def test_tables_on_the_meta_device() -> None:
