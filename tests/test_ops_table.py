@@ -246,6 +246,7 @@ def test_compile_fullgraph(any_backend: str) -> None:
     assert all(same(a, b) for a, b in zip(compiled(x, FLAT), table_round_trip(x, FLAT), strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # what torch.compile itself does
 def test_compile_with_gradients() -> None:
     torch._dynamo.reset()
     packed, scales = ops.quantize_pack(values(40), 4, 8)
