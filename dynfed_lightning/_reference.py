@@ -156,7 +156,9 @@ def _eden(rows: Tensor, counts: Tensor, amax: Tensor, usable: Tensor, bits: int)
     if bits == 1:
         levels, dot = units, units.abs().sum(dim=1)
     else:
-        step = torch.full_like(amax, EDEN_STEPS[bits]) * torch.sqrt(energy / counts)
+        # In float64 and rounded once: torch's float32 square root on a CPU is not always the nearest.
+        rms = torch.sqrt((energy / counts).to(torch.float64)).to(torch.float32)
+        step = torch.full_like(amax, EDEN_STEPS[bits]) * rms
         inverse_step = torch.where(usable, torch.full_like(amax, 65536.0) / torch.where(usable, step, 1.0), 0.0)
         steps = (units.to(torch.float32) * inverse_step[:, None]).to(torch.int32)
         top = 1 << (bits - 1)
