@@ -1,0 +1,87 @@
+"""accumulate: ``out[i] = fma(scale[i // bucket] * weight, level[i], out[i])``, client after client, in one pass over `out`."""
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .arithmetic import bucket_of, four_codes, levels_of
+from .launch import launch
+from .tiles import record, tiles_of
+
+TILE = 4096  # values a program: 32 a thread at 4 warps, so that index arithmetic is spread over many
+CLIENTS = 8  # a launch: more would read all their codes before the first is used, and spill
+
+
+@triton.jit(do_not_specialize=["n", "widths"])
+def accumulate_kernel(
+    out, packed, scales, weights, tiles, n, widths,
+    BITS: tl.constexpr, BUCKET: tl.constexpr, TABLE: tl.constexpr, WORDS: tl.constexpr, ALIGNED: tl.constexpr,
+    CLIENTS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """`packed`, `scales`, `weights`, `tiles` are tuples, an entry a client; `widths` has 3 bits for each client's bits - 1 if BITS is 0."""
+    start, left, _, quarter, _, _, _, within = record(tiles[0], n, BITS, BUCKET, TABLE, TILE)
+    if TABLE and ALIGNED:
+        start = tl.multiple_of(start, 4)
+    if BUCKET != 0:
+        quarter = BUCKET // 4
+    h = tl.arange(0, TILE // 4)
+    i = 4 * h[:, None] + tl.arange(0, 4)[None, :]
+    bucket = bucket_of(h, within, quarter)
+    if left >= TILE:
+        total = tl.load(out + start + i)
+    else:
+        total = tl.load(out + start + i, mask=i < left, other=0.0)
+    for k in tl.static_range(CLIENTS):
+        _, _, bits, _, _, byte, scale, _ = record(tiles[k], n, BITS, BUCKET, TABLE, TILE)
+        if BITS != 0:
+            bits = BITS
+        elif not TABLE:
+            bits = ((widths >> (3 * k)) & 7) + 1
+            byte = start * bits // 8
+        codes = four_codes(packed[k], byte, left, bits, BITS, TABLE, WORDS, TILE)
+        factor = tl.load(scales[k] + scale + bucket, mask=4 * h < left, other=0.0) * tl.cast(weights[k], tl.float32)
+        total = tl.fma(tl.broadcast_to(factor[:, None], total.shape), levels_of(codes, bits), total)
+    if left >= TILE:
+        tl.store(out + start + i, total)
+    else:
+        tl.store(out + start + i, total, mask=i < left)
+
+
+def accumulate(
+    out: Tensor, packed: Sequence[Tensor], scales: Sequence[Tensor], bits: Sequence[int], bucket: int, weights: Sequence[float]
+) -> None:  # fmt: skip
+    """Add each client's payload, packed uint8 [ceil(n * bits / 8)] and scales float32 [ceil(n / bucket)], to `out` float32 [n].
+
+    One launch, and one pass over `out`, for every CLIENTS clients.
+    """
+    n = out.numel()
+    for k in range(0, len(packed), CLIENTS):
+        part = slice(k, k + CLIENTS)
+        p, b = tuple(packed[part]), list(bits[part])
+        width = b[0] if len(set(b)) == 1 else 0
+        widths = sum((b[m] - 1) << 3 * m for m in range(len(b))) if width == 0 else 0
+        words = all(t.data_ptr() % 4 == 0 for t in p)
+        args = out, p, tuple(scales[part]), tuple(weights[part]), (None,) * len(p), n, widths
+        launch(accumulate_kernel, triton.cdiv(n, TILE), out, *args, width, bucket, False, words, True, len(p), TILE)
+
+
+def accumulate_table(
+    out: Tensor, packed: Sequence[Tensor], scales: Sequence[Tensor], tables: Sequence[Tensor], weights: Sequence[float]
+) -> None:
+    """`accumulate` of every row of equally cut vectors: tables agree in where rows begin and end, and in their buckets.
+
+    One launch for the rows that begin at 16-byte boundaries and one for the others, for every CLIENTS clients.
+    """
+    for k in range(0, len(packed), CLIENTS):
+        part = slice(k, k + CLIENTS)
+        p, s, w = tuple(packed[part]), tuple(scales[part]), tuple(weights[part])
+        words = all(t.data_ptr() % 4 == 0 for t in p)
+        clients = [tiles_of(t, TILE, out, a, b, False) for t, a, b in zip(tables[part], p, s, strict=True)]
+        for groups in zip(*clients, strict=True):
+            if len({group.count for group in groups}) > 1:
+                raise ValueError("Expected tables that agree in the start, length and bucket of every row.")
+            args = out, p, s, w, tuple(group.records for group in groups), 0, 0
+            aligned = groups[0].aligned
+            launch(accumulate_kernel, groups[0].count, out, *args, 0, 0, True, words, aligned, len(p), TILE)

@@ -1,0 +1,31 @@
+"""Launching a kernel: on the tensors' device, on torch's current stream, and never for nothing."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def launch(kernel: Any, programs: int, on: Tensor, *args: Any, num_warps: int = 4) -> None:
+    """Run `programs` programs of `kernel` on the device of `on`.
+
+    Four warps, unless measured otherwise: enough threads to share a reduction, few enough that many programs fit a multiprocessor.
+    """
+    if not programs:
+        return
+    device = torch.cuda.device(on.device) if on.is_cuda else nullcontext()
+    with device:
+        kernel[(programs,)](*args, num_warps=num_warps, enable_fp_fusion=False)
+
+
+def capturing(on: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, so that nothing may wait for the device."""
+    return on.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def halves(number: int) -> tuple[int, int]:
+    """A 64-bit integer as two signed 32-bit halves, low and high: the type of a kernel's argument must not change with its value."""
+    number &= (1 << 64) - 1
+    low, high = number & 0xFFFFFFFF, number >> 32
+    return low - (low >> 31 << 32), high - (high >> 31 << 32)
