@@ -13,7 +13,7 @@ DYNFED_INLINE uint64_t pack8(uint64_t w) {
 }
 
 // Ones in the low `width` bits of every `period` bits.
-static constexpr uint64_t comb(int width, int period) {
+DYNFED_INLINE constexpr uint64_t comb(int width, int period) {
   uint64_t mask = 0;
   for (int at = 0; at < 64; at += period) mask |= ((uint64_t(1) << width) - 1) << at;
   return mask;

@@ -12,11 +12,22 @@ struct PhiloxBlock {
   uint32_t word[4];
 };
 
+DYNFED_INLINE uint64_t wide_product(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+  // For the plain product nvcc adds a zero to every high half: a fifth more instructions in all.
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return uint64_t(a) * b;
+#endif
+}
+
 // Ten rounds over the counter (c0, c1, c2, c3) with the key (low half, high half of the seed).
 DYNFED_INLINE PhiloxBlock philox4x32(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const uint64_t a = uint64_t(kPhiloxM0) * c0, b = uint64_t(kPhiloxM1) * c2;
+    const uint64_t a = wide_product(kPhiloxM0, c0), b = wide_product(kPhiloxM1, c2);
     const uint32_t next0 = uint32_t(b >> 32) ^ c1 ^ k0, next2 = uint32_t(a >> 32) ^ c3 ^ k1;
     c1 = uint32_t(b);
     c3 = uint32_t(a);

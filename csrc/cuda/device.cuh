@@ -1,0 +1,131 @@
+// What the kernels share: their place in the grid, lists of work as parameters, aligned and unaligned access.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "../core/convert.h"
+#include "../core/macros.h"
+#include "launchers.h"
+
+// A launch as one macro: the emulated build of the tests replaces it, and g++ knows no <<<>>>.
+#ifndef DYNFED_LAUNCH
+#define DYNFED_LAUNCH(kernel, grid, threads, stream, ...) \
+  kernel<<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#endif
+
+namespace dynfed::cuda {
+
+constexpr int kWarp = 32;
+constexpr int kWarps = 8;  // in a thread block of every kernel
+constexpr int kThreads = kWarps * kWarp;
+constexpr uint32_t kAllLanes = 0xffffffffu;
+constexpr size_t kParameterBytes = 4096;  // the classic limit of a launch's parameters
+
+__device__ __forceinline__ int lane_id() { return int(threadIdx.x % kWarp); }
+
+__device__ __forceinline__ int warp_id() { return int(threadIdx.x / kWarp); }
+
+__device__ __forceinline__ int64_t warp_in_grid() { return int64_t(blockIdx.x) * kWarps + warp_id(); }
+
+inline unsigned blocks_for(int64_t warps) { return unsigned((warps + kWarps - 1) / kWarps); }
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
+
+// A list of rows of work given by value. Row r owns the units of work from rows[r - 1].end up to rows[r].end.
+template <class Row>
+__device__ __forceinline__ int row_of(const Row* rows, int count, int64_t unit) {
+  int first = 0, last = count - 1;
+  while (first < last) {
+    const int middle = (first + last) / 2;
+    if (unit < rows[middle].end) {
+      last = middle;
+    } else {
+      first = middle + 1;
+    }
+  }
+  return first;
+}
+
+template <class Row>
+__device__ __forceinline__ int64_t unit_within(const Row* rows, int row, int64_t unit) {
+  return row == 0 ? unit : unit - rows[row - 1].end;
+}
+
+__device__ __forceinline__ bool is_aligned(const void* p, unsigned bytes) {
+  return (reinterpret_cast<uintptr_t>(p) & (bytes - 1)) == 0;
+}
+
+// ---- vectors that are read or written once: they should not push anything out of the caches ----
+
+__device__ __forceinline__ float4 load4(const float* p) { return __ldcs(reinterpret_cast<const float4*>(p)); }
+
+__device__ __forceinline__ void store4(float* p, float4 v) { __stcs(reinterpret_cast<float4*>(p), v); }
+
+// ---- packed codes ----
+
+// 32 bits of a stream of `words` that begin at bit `at`. Of them `needed` are used: the second word is read only if it holds one.
+__device__ __forceinline__ uint32_t window(const uint32_t* words, int at, int needed) {
+  const uint32_t low = __ldg(words + at / 32);
+  const uint32_t high = at % 32 + needed > 32 ? __ldg(words + at / 32 + 1) : 0;
+  return __funnelshift_r(low, high, at % 32);
+}
+
+// Where bit `at` of a stream of bytes is, in words: the words hold the bytes, wherever these begin.
+struct BitPosition {
+  const uint32_t* words;
+  int shift;  // below 32
+};
+
+__device__ __forceinline__ BitPosition bit_position(const uint8_t* bytes, int64_t at) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(bytes) + uintptr_t(at >> 3);
+  return {reinterpret_cast<const uint32_t*>(address & ~uintptr_t(3)), int(address & 3) * 8 + int(at & 7)};
+}
+
+// Eight codes of B bits, the first one lowest, in 8 * B bits.
+template <int B>
+__device__ __forceinline__ uint64_t join8(const uint32_t (&code)[8]) {
+  const uint32_t low = code[0] | code[1] << B | code[2] << 2 * B | code[3] << 3 * B;
+  const uint32_t high = code[4] | code[5] << B | code[6] << 2 * B | code[7] << 3 * B;
+  return low | uint64_t(high) << 4 * B;
+}
+
+// The B bytes of eight codes, at a multiple of B bytes from an address that is a multiple of 16.
+template <int B>
+__device__ __forceinline__ void stage8(uint8_t* at, uint64_t codes) {
+  if constexpr (B == 8) {
+    *reinterpret_cast<uint64_t*>(at) = codes;
+  } else if constexpr (B == 4) {
+    *reinterpret_cast<uint32_t*>(at) = uint32_t(codes);
+  } else if constexpr (B % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < B / 2; ++i) reinterpret_cast<uint16_t*>(at)[i] = uint16_t(codes >> 16 * i);
+  } else {
+#pragma unroll
+    for (int i = 0; i < B; ++i) at[i] = uint8_t(codes >> 8 * i);
+  }
+}
+
+constexpr int kStagePadding = 16;  // what copy_out may read beyond the bytes staged
+
+// A warp writes `bytes` bytes staged in shared memory (at a multiple of 16) to wherever they belong, as wide as it allows.
+__device__ __forceinline__ void copy_out(uint8_t* to, const uint8_t* staged, unsigned bytes) {
+  const unsigned lane = lane_id();
+  if (is_aligned(to, 16)) {
+#pragma unroll 1
+    for (unsigned i = lane * 16; i + 16 <= bytes; i += kWarp * 16)
+      __stcs(reinterpret_cast<uint4*>(to + i), *reinterpret_cast<const uint4*>(staged + i));
+    const unsigned rest = (bytes & ~15u) + lane;
+    if (rest < bytes) to[rest] = staged[rest];
+    return;
+  }
+  // Bytes up to a multiple of 4, words put together from two staged ones, and the bytes that remain.
+  const unsigned head = min(unsigned(-reinterpret_cast<uintptr_t>(to) & 3), bytes), words = (bytes - head) / 4;
+  if (lane < head) to[lane] = staged[lane];
+  const auto* from = reinterpret_cast<const uint32_t*>(staged);
+  auto* target = reinterpret_cast<uint32_t*>(to + head);
+#pragma unroll 1
+  for (unsigned i = lane; i < words; i += kWarp) target[i] = __funnelshift_r(from[i], from[i + 1], 8 * head);
+  const unsigned rest = head + 4 * words + lane;
+  if (rest < bytes) to[rest] = staged[rest];
+}
+
+}  // namespace dynfed::cuda

@@ -1,0 +1,73 @@
+// What ops.cpp calls: raw device pointers in, a cudaError out (0 is success). No torch and no CUDA types, so that ops.cpp needs no
+// CUDA headers, and the tests can call the same functions of an emulated build.
+//
+// Lists of tensors lie in host memory and travel as kernel parameters: nothing is copied to the device and nothing waits, so
+// every function may be captured into a CUDA graph. Pointers need the alignment of their element only.
+#pragma once
+#include <cstdint>
+
+namespace dynfed::cuda {
+
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
+
+enum Rounding : int { kRoundNearest, kRoundStochastic, kRoundEden };  // as in dynfed_lightning/_reference.py
+
+struct QuantizeRow {
+  const void* x;
+  uint8_t* packed;
+  float* scales;
+  int64_t n;
+  uint64_t offset;  // global index of x[0]
+  int64_t bucket;
+  DType dtype;
+  int32_t bits;
+};
+
+// A piece of the output, and what every payload of it shares.
+struct OutputRow {
+  float* out;
+  int64_t n;
+  int64_t bucket;
+};
+
+struct Payload {
+  const uint8_t* packed;
+  const float* scales;
+  float weight;
+  int32_t bits;
+};
+
+struct RotateRow {
+  float* x;
+  int64_t n;
+  uint64_t offset;  // a multiple of 8
+};
+
+}  // namespace dynfed::cuda
+
+extern "C" {
+
+// `seen` is one integer on the device: the bitwise or of all codes is or-ed into it.
+int dynfed_cuda_pack(const uint8_t* codes, int64_t n, int bits, uint8_t* packed, int32_t* seen, void* stream);
+
+int dynfed_cuda_unpack(const uint8_t* packed, int64_t n, int bits, uint8_t* codes, void* stream);
+
+int dynfed_cuda_quantize(const dynfed::cuda::QuantizeRow* rows, int64_t count, uint64_t seed, int rounding, void* stream);
+
+// One payload a row. Weights are not used.
+int dynfed_cuda_dequantize(const dynfed::cuda::OutputRow* rows, const dynfed::cuda::Payload* payloads, int64_t count,
+                           void* stream);
+
+// payloads[row * clients + client]; clients are added in ascending order.
+int dynfed_cuda_accumulate(const dynfed::cuda::OutputRow* rows, const dynfed::cuda::Payload* payloads, int64_t count,
+                           int64_t clients, void* stream);
+
+int dynfed_cuda_rotate(const dynfed::cuda::RotateRow* rows, int64_t count, int64_t block, uint64_t seed, int inverse,
+                       void* stream);
+
+// Makes `device` the current one of this library's CUDA runtime.
+int dynfed_cuda_set_device(int device);
+
+const char* dynfed_cuda_error_string(int error);
+
+}

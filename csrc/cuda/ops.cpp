@@ -1,0 +1,373 @@
+// The CUDA kernels as torch operators, through torch's stable ABI. Namespace `dynfed_lightning_cuda` is private:
+// dynfed_lightning/_ops_cuda.py calls it, ops.py has checked the arguments. The checks below only keep a wrong call from touching
+// memory that is not a tensor's. No CUDA header is needed: the kernels are behind launchers.h.
+//
+// The tests build this file with DYNFED_CUDA_EMULATED: the same operators on CPU tensors, over kernels that run on the CPU.
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <vector>
+
+#include "../core/eden.h"
+#include "../core/rotate.h"
+#include "../core/table.h"
+#include "launchers.h"
+
+#ifdef DYNFED_CUDA_EMULATED
+#define DYNFED_NAMESPACE dynfed_lightning_cuda_emulated
+#define DYNFED_KEY CPU
+#else
+#define DYNFED_NAMESPACE dynfed_lightning_cuda
+#define DYNFED_KEY CUDA
+#endif
+
+namespace {
+
+using namespace dynfed::cuda;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// ---- where and when: the device of a tensor, and its current stream ----
+
+void check_cuda(int error, const char* what) {
+  STD_TORCH_CHECK(error == 0, "dynfed_lightning: ", what, " failed: ", dynfed_cuda_error_string(error), ".");
+}
+
+#ifdef DYNFED_CUDA_EMULATED
+
+struct DeviceScope {
+  explicit DeviceScope(const Tensor&) {}
+  void* stream = nullptr;
+};
+
+#else
+
+// torch's own function, looked up at run time: the library must also load where torch has no CUDA.
+void* current_stream(int32_t device) {
+  using Function = int32_t (*)(int32_t, void**);
+  static const auto function = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+    return library == nullptr ? nullptr : reinterpret_cast<Function>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+  }();
+  STD_TORCH_CHECK(function != nullptr, "dynfed_lightning: this torch does not tell its current CUDA stream.");
+  void* stream = nullptr;
+  STD_TORCH_CHECK(function(device, &stream) == 0, "dynfed_lightning: torch could not tell its current CUDA stream.");
+  return stream;
+}
+
+// For the length of a call the tensor's device is the current one, for torch and for the CUDA runtime linked into this library.
+struct DeviceScope {
+  explicit DeviceScope(const Tensor& t) : guard(t.get_device_index()), stream(current_stream(t.get_device_index())) {
+    check_cuda(dynfed_cuda_set_device(t.get_device_index()), "choosing the device");
+  }
+  torch::stable::accelerator::DeviceGuard guard;
+  void* stream;
+};
+
+#endif
+
+// ---- checks ----
+
+int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
+
+// Bytes of n codes; n * bits itself might overflow.
+int64_t packed_size(int64_t n, int64_t bits) { return n / 8 * bits + ceil_div(n % 8 * bits, 8); }
+
+bool on_device(const Tensor& t) {
+#ifdef DYNFED_CUDA_EMULATED
+  return t.is_cpu();
+#else
+  return t.is_cuda();
+#endif
+}
+
+void check_tensor(const char* name, const Tensor& t, ScalarType dtype, const Tensor& like) {
+  STD_TORCH_CHECK(on_device(t) && t.get_device_index() == like.get_device_index() && t.is_contiguous() &&
+                      t.scalar_type() == dtype,
+                  "Expected `", name, "` to be a contiguous tensor of the right type on the device of the others.");
+}
+
+void check_size(const char* name, int64_t got, int64_t size) {
+  STD_TORCH_CHECK(got == size, "Expected `", name, "` to have ", size, " elements, but got ", got, ".");
+}
+
+void check_numbers(int64_t bits, int64_t bucket) {
+  STD_TORCH_CHECK(bits >= 1 && bits <= 8, "Expected `bits` to be an integer from 1 to 8, but got ", bits, ".");
+  STD_TORCH_CHECK(bucket > 0 && bucket % 8 == 0 && bucket <= int64_t(1) << 31,
+                  "Expected `bucket` to be a multiple of 8 from 8 to 2**31, but got ", bucket, ".");
+}
+
+void check_rounding(int64_t rounding, int64_t bucket) {
+  STD_TORCH_CHECK(rounding >= kRoundNearest && rounding <= kRoundEden, "Expected `rounding` to be 0, 1 or 2, but got ", rounding,
+                  ".");
+  STD_TORCH_CHECK(rounding != kRoundEden || bucket <= dynfed::kEdenBucket, "Expected `bucket` to be at most ",
+                  dynfed::kEdenBucket, " with EDEN's rounding, but got ", bucket, ".");
+}
+
+DType input_type(const Tensor& x, const Tensor& like) {
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+                  "Expected `x` to be a tensor of float32, bfloat16 or float16.");
+  check_tensor("x", x, type, like);
+  return type == ScalarType::Float ? DType::kFloat32 : type == ScalarType::BFloat16 ? DType::kBFloat16 : DType::kFloat16;
+}
+
+int64_t bytes_of(DType type) { return type == DType::kFloat32 ? 4 : 2; }
+
+uint8_t* bytes(const Tensor& t) { return static_cast<uint8_t*>(t.mutable_data_ptr()); }
+const uint8_t* const_bytes(const Tensor& t) { return static_cast<const uint8_t*>(t.const_data_ptr()); }
+float* floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+const float* const_floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
+
+// ---- tables ----
+
+class Table {
+ public:
+  explicit Table(const Tensor& table) : table_(table), rows_(table.numel() / dynfed::kTableColumns) {
+    STD_TORCH_CHECK(table.is_cpu() && table.is_contiguous() && table.scalar_type() == ScalarType::Long && table.dim() == 2 &&
+                        table.size(1) == dynfed::kTableColumns,
+                    "Expected `table` to be a contiguous CPU tensor of int64 [tensors, ", int(dynfed::kTableColumns), "].");
+    data_ = static_cast<const int64_t*>(table.const_data_ptr());
+    for (int64_t r = 0; r < rows_; ++r) {
+      check_numbers(get(r, dynfed::kTableBits), get(r, dynfed::kTableBucket));
+      STD_TORCH_CHECK(get(r, dynfed::kTableLength) >= 0 && get(r, dynfed::kTableOffset) >= 0 &&
+                          get(r, dynfed::kTableOffset) % 8 == 0,
+                      "Expected row ", r, " of the table to have a length of 0 or more and an offset that is a multiple of 8.");
+    }
+  }
+
+  int64_t rows() const { return rows_; }
+  int64_t get(int64_t row, dynfed::TableColumn column) const { return data_[row * dynfed::kTableColumns + column]; }
+
+  // Where `size` elements of an arena of `total` begin for this row.
+  int64_t place(int64_t row, dynfed::TableColumn column, int64_t size, int64_t total) const {
+    const int64_t at = get(row, column);
+    STD_TORCH_CHECK(at >= 0 && size <= total && at <= total - size, "Expected row ", row,
+                    " of the table to lie within the tensors, but it asks for ", size, " elements from ", at, " on of ", total,
+                    ".");
+    return at;
+  }
+  int64_t packed_at(int64_t row, const Tensor& arena) const {
+    return place(row, dynfed::kTablePacked, packed_size(get(row, dynfed::kTableLength), get(row, dynfed::kTableBits)),
+                 arena.numel());
+  }
+  int64_t scales_at(int64_t row, const Tensor& arena) const {
+    return place(row, dynfed::kTableScales, ceil_div(get(row, dynfed::kTableLength), get(row, dynfed::kTableBucket)),
+                 arena.numel());
+  }
+
+ private:
+  Tensor table_;
+  int64_t rows_;
+  const int64_t* data_;
+};
+
+// The tensor of a row and where the row begins in it: one flat vector for all of them, or one tensor each.
+struct Member {
+  const Tensor& tensor;
+  int64_t start;
+};
+
+Member member(const std::vector<Tensor>& tensors, const Table& table, int64_t row) {
+  const int64_t length = table.get(row, dynfed::kTableLength);
+  if (tensors.size() == 1) return {tensors[0], table.place(row, dynfed::kTableStart, length, tensors[0].numel())};
+  check_size("a row's tensor", tensors[row].numel(), length);
+  return {tensors[row], 0};
+}
+
+void check_members(const std::vector<Tensor>& tensors, const Table& table) {
+  STD_TORCH_CHECK(tensors.size() == 1 || int64_t(tensors.size()) == table.rows(), "Expected one tensor, or one for each of the ",
+                  table.rows(), " rows of the table, but got ", tensors.size(), ".");
+}
+
+// ---- the operators ----
+
+void pack(const Tensor& codes, const Tensor& packed, const Tensor& seen, int64_t bits) {
+  check_numbers(bits, 8);
+  check_tensor("codes", codes, ScalarType::Byte, codes);
+  check_tensor("packed", packed, ScalarType::Byte, codes);
+  check_tensor("seen", seen, ScalarType::Int, codes);
+  check_size("packed", packed.numel(), packed_size(codes.numel(), bits));
+  check_size("seen", seen.numel(), 1);
+  const DeviceScope scope(codes);
+  check_cuda(dynfed_cuda_pack(const_bytes(codes), codes.numel(), int(bits), bytes(packed),
+                              static_cast<int32_t*>(seen.mutable_data_ptr()), scope.stream),
+             "pack");
+}
+
+void unpack(const Tensor& packed, const Tensor& codes, int64_t bits) {
+  check_numbers(bits, 8);
+  check_tensor("packed", packed, ScalarType::Byte, packed);
+  check_tensor("codes", codes, ScalarType::Byte, packed);
+  check_size("packed", packed.numel(), packed_size(codes.numel(), bits));
+  const DeviceScope scope(packed);
+  check_cuda(dynfed_cuda_unpack(const_bytes(packed), codes.numel(), int(bits), bytes(codes), scope.stream), "unpack");
+}
+
+void quantize_pack(const Tensor& x, const Tensor& packed, const Tensor& scales, int64_t bits, int64_t bucket, int64_t seed,
+                   int64_t offset, int64_t rounding) {
+  check_numbers(bits, bucket);
+  check_rounding(rounding, bucket);
+  const DType type = input_type(x, x);
+  check_tensor("packed", packed, ScalarType::Byte, x);
+  check_tensor("scales", scales, ScalarType::Float, x);
+  check_size("packed", packed.numel(), packed_size(x.numel(), bits));
+  check_size("scales", scales.numel(), ceil_div(x.numel(), bucket));
+  const QuantizeRow row{x.const_data_ptr(), bytes(packed), floats(scales), x.numel(), uint64_t(offset), bucket, type, int(bits)};
+  const DeviceScope scope(x);
+  check_cuda(dynfed_cuda_quantize(&row, 1, uint64_t(seed), int(rounding), scope.stream), "quantize_pack");
+}
+
+Payload payload(const Tensor& packed, const Tensor& scales, int64_t bits, int64_t bucket, double weight, const Tensor& out) {
+  check_numbers(bits, bucket);
+  check_tensor("packed", packed, ScalarType::Byte, out);
+  check_tensor("scales", scales, ScalarType::Float, out);
+  check_size("packed", packed.numel(), packed_size(out.numel(), bits));
+  check_size("scales", scales.numel(), ceil_div(out.numel(), bucket));
+  return {const_bytes(packed), const_floats(scales), float(weight), int32_t(bits)};
+}
+
+void unpack_dequantize(const Tensor& out, const Tensor& packed, const Tensor& scales, int64_t bits, int64_t bucket) {
+  check_tensor("out", out, ScalarType::Float, out);
+  const Payload one = payload(packed, scales, bits, bucket, 1.0, out);
+  const OutputRow row{floats(out), out.numel(), bucket};
+  const DeviceScope scope(out);
+  check_cuda(dynfed_cuda_dequantize(&row, &one, 1, scope.stream), "unpack_dequantize");
+}
+
+void accumulate(const Tensor& out, std::vector<Tensor> packed, std::vector<Tensor> scales, std::vector<int64_t> bits,
+                int64_t bucket, std::vector<double> weights) {
+  const size_t clients = packed.size();
+  STD_TORCH_CHECK(scales.size() == clients && bits.size() == clients && weights.size() == clients,
+                  "Expected `packed`, `scales`, `bits`, `weights` to be lists of one length.");
+  check_tensor("out", out, ScalarType::Float, out);
+  check_numbers(1, bucket);
+  std::vector<Payload> payloads;
+  for (size_t c = 0; c < clients; ++c)
+    payloads.push_back(payload(packed[c], scales[c], bits[c], bucket, weights[c], out));
+  const OutputRow row{floats(out), out.numel(), bucket};
+  const DeviceScope scope(out);
+  check_cuda(dynfed_cuda_accumulate(&row, payloads.data(), 1, int64_t(clients), scope.stream), "accumulate");
+}
+
+void quantize_pack_table(std::vector<Tensor> x, const Tensor& table, const Tensor& packed, const Tensor& scales, int64_t seed,
+                         int64_t rounding) {
+  const Table rows(table);
+  check_members(x, rows);
+  check_tensor("packed", packed, ScalarType::Byte, packed);
+  check_tensor("scales", scales, ScalarType::Float, packed);
+  std::vector<QuantizeRow> list;
+  for (int64_t r = 0; r < rows.rows(); ++r) {
+    const int64_t bucket = rows.get(r, dynfed::kTableBucket);
+    check_rounding(rounding, bucket);
+    const Member m = member(x, rows, r);
+    const DType type = input_type(m.tensor, packed);
+    list.push_back({static_cast<const char*>(m.tensor.const_data_ptr()) + m.start * bytes_of(type),
+                    bytes(packed) + rows.packed_at(r, packed), floats(scales) + rows.scales_at(r, scales),
+                    rows.get(r, dynfed::kTableLength), uint64_t(rows.get(r, dynfed::kTableOffset)), bucket, type,
+                    int32_t(rows.get(r, dynfed::kTableBits))});
+  }
+  const DeviceScope scope(packed);
+  check_cuda(dynfed_cuda_quantize(list.data(), rows.rows(), uint64_t(seed), int(rounding), scope.stream), "quantize_pack_table");
+}
+
+Payload payload_of_row(const Table& table, int64_t row, const Tensor& packed, const Tensor& scales, double weight) {
+  return {const_bytes(packed) + table.packed_at(row, packed), const_floats(scales) + table.scales_at(row, scales), float(weight),
+          int32_t(table.get(row, dynfed::kTableBits))};
+}
+
+void unpack_dequantize_table(std::vector<Tensor> out, const Tensor& packed, const Tensor& scales, const Tensor& table) {
+  const Table rows(table);
+  check_members(out, rows);
+  check_tensor("packed", packed, ScalarType::Byte, packed);
+  check_tensor("scales", scales, ScalarType::Float, packed);
+  std::vector<OutputRow> list;
+  std::vector<Payload> payloads;
+  for (int64_t r = 0; r < rows.rows(); ++r) {
+    const Member m = member(out, rows, r);
+    check_tensor("out", m.tensor, ScalarType::Float, packed);
+    list.push_back({floats(m.tensor) + m.start, rows.get(r, dynfed::kTableLength), rows.get(r, dynfed::kTableBucket)});
+    payloads.push_back(payload_of_row(rows, r, packed, scales, 1.0));
+  }
+  const DeviceScope scope(packed);
+  check_cuda(dynfed_cuda_dequantize(list.data(), payloads.data(), rows.rows(), scope.stream), "unpack_dequantize_table");
+}
+
+void accumulate_table(const Tensor& out, std::vector<Tensor> packed, std::vector<Tensor> scales, std::vector<Tensor> tables,
+                      std::vector<double> weights) {
+  const size_t clients = packed.size();
+  STD_TORCH_CHECK(scales.size() == clients && tables.size() == clients && weights.size() == clients,
+                  "Expected `packed`, `scales`, `tables`, `weights` to be lists of one length.");
+  check_tensor("out", out, ScalarType::Float, out);
+  if (clients == 0) return;
+  const std::vector<Table> client_rows(tables.begin(), tables.end());
+  const Table& rows = client_rows[0];
+  std::vector<OutputRow> list;
+  std::vector<Payload> payloads;
+  for (size_t c = 0; c < clients; ++c) {
+    check_tensor("packed", packed[c], ScalarType::Byte, out);
+    check_tensor("scales", scales[c], ScalarType::Float, out);
+    check_size("a table", client_rows[c].rows(), rows.rows());
+  }
+  for (int64_t r = 0; r < rows.rows(); ++r) {
+    const int64_t length = rows.get(r, dynfed::kTableLength), bucket = rows.get(r, dynfed::kTableBucket);
+    const int64_t start = rows.place(r, dynfed::kTableStart, length, out.numel());
+    list.push_back({floats(out) + start, length, bucket});
+    for (size_t c = 0; c < clients; ++c) {
+      const Table& own = client_rows[c];
+      STD_TORCH_CHECK(own.get(r, dynfed::kTableStart) == start && own.get(r, dynfed::kTableLength) == length &&
+                          own.get(r, dynfed::kTableBucket) == bucket,
+                      "Expected the tables of all clients to have the same start, length and bucket in row ", r, ".");
+      payloads.push_back(payload_of_row(own, r, packed[c], scales[c], weights[c]));
+    }
+  }
+  const DeviceScope scope(out);
+  check_cuda(dynfed_cuda_accumulate(list.data(), payloads.data(), rows.rows(), int64_t(clients), scope.stream),
+             "accumulate_table");
+}
+
+void rotate(const Tensor& x, const Tensor& table, int64_t block, int64_t seed, bool inverse) {
+  check_tensor("x", x, ScalarType::Float, x);
+  STD_TORCH_CHECK(block >= 1 && block <= dynfed::kRotateBlock && (block & (block - 1)) == 0,
+                  "Expected `block` to be a power of two up to ", dynfed::kRotateBlock, ", but got ", block, ".");
+  const Table rows(table);
+  std::vector<RotateRow> list;
+  for (int64_t r = 0; r < rows.rows(); ++r) {
+    const int64_t length = rows.get(r, dynfed::kTableLength);
+    list.push_back({floats(x) + rows.place(r, dynfed::kTableStart, length, x.numel()), length,
+                    uint64_t(rows.get(r, dynfed::kTableOffset))});
+  }
+  const DeviceScope scope(x);
+  check_cuda(dynfed_cuda_rotate(list.data(), rows.rows(), block, uint64_t(seed), inverse, scope.stream), "rotate");
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(DYNFED_NAMESPACE, m) {
+  m.def("pack(Tensor codes, Tensor(a!) packed, Tensor(b!) seen, int bits) -> ()");
+  m.def("unpack(Tensor packed, Tensor(a!) codes, int bits) -> ()");
+  m.def("quantize_pack(Tensor x, Tensor(a!) packed, Tensor(b!) scales, int bits, int bucket, int seed, int offset, "
+        "int rounding) -> ()");
+  m.def("unpack_dequantize(Tensor(a!) out, Tensor packed, Tensor scales, int bits, int bucket) -> ()");
+  m.def("accumulate(Tensor(a!) out, Tensor[] packed, Tensor[] scales, int[] bits, int bucket, float[] weights) -> ()");
+  m.def("quantize_pack_table(Tensor[] x, Tensor table, Tensor(a!) packed, Tensor(b!) scales, int seed, int rounding) -> ()");
+  m.def("unpack_dequantize_table(Tensor(a!)[] out, Tensor packed, Tensor scales, Tensor table) -> ()");
+  m.def("accumulate_table(Tensor(a!) out, Tensor[] packed, Tensor[] scales, Tensor[] tables, float[] weights) -> ()");
+  m.def("rotate(Tensor(a!) x, Tensor table, int block, int seed, bool inverse) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(DYNFED_NAMESPACE, DYNFED_KEY, m) {
+  m.impl("pack", TORCH_BOX(&pack));
+  m.impl("unpack", TORCH_BOX(&unpack));
+  m.impl("quantize_pack", TORCH_BOX(&quantize_pack));
+  m.impl("unpack_dequantize", TORCH_BOX(&unpack_dequantize));
+  m.impl("accumulate", TORCH_BOX(&accumulate));
+  m.impl("quantize_pack_table", TORCH_BOX(&quantize_pack_table));
+  m.impl("unpack_dequantize_table", TORCH_BOX(&unpack_dequantize_table));
+  m.impl("accumulate_table", TORCH_BOX(&accumulate_table));
+  m.impl("rotate", TORCH_BOX(&rotate));
+}
