@@ -141,7 +141,7 @@ struct Avx2 {
     return c;
   }
 
-  template <int B, class T>
+  template <int B, bool kNoisy, class T>
   static Codes quantize64(const T* x, float inverse, const uint16_t* noise) {
     Codes c;
     const __m256 inv = _mm256_set1_ps(inverse);
@@ -155,7 +155,8 @@ struct Avx2 {
           q[j] = _mm256_castps_si256(_mm256_cmp_ps(load8(x + at), _mm256_setzero_ps(), _CMP_GE_OQ));  // 0 or -1
         } else {
           const __m256i v = _mm256_cvttps_epi32(_mm256_mul_ps(load8(x + at), inv));
-          q[j] = _mm256_srai_epi32(_mm256_add_epi32(v, _mm256_cvtepu16_epi32(load16b(noise + at))), 16);
+          const __m256i r = kNoisy ? _mm256_cvtepu16_epi32(load16b(noise + at)) : _mm256_set1_epi32(int(kNearest));
+          q[j] = _mm256_srai_epi32(_mm256_add_epi32(v, r), 16);
         }
       }
       c.part[h] = narrow<B>(q);

@@ -11,8 +11,8 @@ struct Avx512 {
   static void merge(Codes& all, Codes c) { all = _mm512_or_si512(all, c); }
 
   // Eight Philox blocks at once, a counter word in the low half of each 64-bit lane: the multiplier reads nothing else, so the
-  // high halves may hold rubbish and a round is two products, two shifts and two three-way xors. Four independent sets hide the
-  // latency of the products.
+  // high halves may hold rubbish and a round is two products, two shifts and two three-way xors. Six independent sets hide the
+  // latency of the products: the multiplier is then never idle.
   template <int kCount>
   static void noise(uint64_t seed, uint64_t group, uint32_t pass, uint16_t* out) {
     const __m512i m0 = _mm512_set1_epi64(kPhiloxM0), m1 = _mm512_set1_epi64(kPhiloxM1);
@@ -25,10 +25,11 @@ struct Avx512 {
     const __m512i first = _mm512_xor_si512(k0[0], _mm512_set1_epi64(int64_t(product >> 32)));
     // This order of blocks makes the final interleaving a matter of 128-bit lanes.
     const __m512i lane = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-    constexpr int kSets = 4;
+    constexpr int kSets = 6;
+    static_assert(kCount % (64 * kSets) == 0, "whole sets");
     for (int i = 0; i < kCount; i += 64 * kSets) {
       __m512i c0[kSets], c1[kSets], c2[kSets], c3[kSets];
-#pragma GCC unroll 4
+#pragma GCC unroll 6
       for (int s = 0; s < kSets; ++s) {  // the first round, with c2 = pass and c3 = 0
         const __m512i g = _mm512_add_epi64(_mm512_set1_epi64(int64_t(group + i / 8 + 8 * s)), lane);
         const __m512i a = _mm512_mul_epu32(g, m0);
@@ -39,7 +40,7 @@ struct Avx512 {
       }
 #pragma GCC unroll 9
       for (int r = 1; r < kPhiloxRounds; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 6
         for (int s = 0; s < kSets; ++s) {
           const __m512i a = _mm512_mul_epu32(c0[s], m0), b = _mm512_mul_epu32(c2[s], m1);
           c0[s] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(b, 32), c1[s], k0[r], 0x96);
@@ -48,7 +49,7 @@ struct Avx512 {
           c3[s] = a;
         }
       }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
       for (int s = 0; s < kSets; ++s) {
         const __m512i w01 = _mm512_mask_blend_epi32(0xAAAA, c0[s], _mm512_slli_epi64(c1[s], 32));
         const __m512i w23 = _mm512_mask_blend_epi32(0xAAAA, c2[s], _mm512_slli_epi64(c3[s], 32));
@@ -60,19 +61,21 @@ struct Avx512 {
 
   static __m512 load16(const float* x) { return _mm512_loadu_ps(x); }
   static __m512 load16(const BFloat16* x) {
-    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+    const __m256i bits = load32b(x);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }
   static __m512 load16(const Float16* x) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+    return _mm512_cvtph_ps(load32b(x));
   }
 
   template <class T>
   static void maximum64(Maximum& maximum, const T* x) {
     const __m512i mask = _mm512_set1_epi32(int(kMagnitude));
+    __m512i m[4];  // a tree: a chain of four would wait for itself
 #pragma GCC unroll 4
-    for (int j = 0; j < 64; j += 16)
-      maximum = _mm512_max_epi32(maximum, _mm512_and_si512(_mm512_castps_si512(load16(x + j)), mask));
+    for (int j = 0; j < 4; ++j) m[j] = _mm512_and_si512(_mm512_castps_si512(load16(x + 16 * j)), mask);
+    m[0] = _mm512_max_epi32(_mm512_max_epi32(m[0], m[1]), _mm512_max_epi32(m[2], m[3]));
+    maximum = _mm512_max_epi32(maximum, m[0]);
   }
   static uint32_t reduce(Maximum maximum) { return uint32_t(_mm512_reduce_max_epi32(maximum)); }
 
@@ -112,7 +115,7 @@ struct Avx512 {
     return narrow<B>(q);
   }
 
-  template <int B, class T>
+  template <int B, bool kNoisy, class T>
   static Codes quantize64(const T* x, float inverse, const uint16_t* noise) {
     if (B == 1) {
       uint64_t signs = 0;
@@ -121,14 +124,10 @@ struct Avx512 {
         signs |= uint64_t(_mm512_cmp_ps_mask(load16(x + j), _mm512_setzero_ps(), _CMP_GE_OQ)) << j;
       return _mm512_maskz_set1_epi8(signs, 1);
     }
-    const __m512 inv = _mm512_set1_ps(inverse);
     __m512i q[4];
+    fixed_points<kNoisy>(x, inverse, noise, q);
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const __m512i v = _mm512_cvttps_epi32(_mm512_mul_ps(load16(x + 16 * j), inv));
-      const __m256i r = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(noise + 16 * j));
-      q[j] = _mm512_srai_epi32(_mm512_add_epi32(v, _mm512_cvtepu16_epi32(r)), 16);
-    }
+    for (int j = 0; j < 4; ++j) q[j] = _mm512_srai_epi32(q[j], 16);
     return narrow<B>(q);
   }
 
@@ -140,24 +139,16 @@ struct Avx512 {
       memcpy(out, &bits, 8);
       return;
     }
-    // Merge neighbours: two codes to 2 * B bits in 16, four to 4 * B in 32, eight to 8 * B in 64 (core/pack.h).
-    __m512i w;
-    if (B == 7) {  // 2^7 is no signed byte
-      w = _mm512_or_si512(_mm512_and_si512(c, _mm512_set1_epi16(0xff)), _mm512_slli_epi16(_mm512_srli_epi16(c, 8), 7));
-    } else {
-      w = _mm512_maddubs_epi16(c, _mm512_set1_epi16(int16_t(1 | (1 << ((B & 7) + 8)))));
-    }
+    __m512i w = by_pairs<B>(c);
     if (B == 4) {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi16_epi8(w));
       return;
     }
-    w = _mm512_madd_epi16(w, _mm512_set1_epi32(1 | (1 << ((2 * B + 16) & 31))));
     if (B == 2) {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(w));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(by_fours<B>(w)));
       return;
     }
-    const __m512i low = _mm512_and_si512(w, _mm512_set1_epi64(0xffffffff));
-    w = _mm512_or_si512(low, _mm512_slli_epi64(_mm512_srli_epi64(w, 32), 4 * B));
+    w = by_eights<B>(w);
     w = _mm512_shuffle_epi8(w, _mm512_broadcast_i32x4(squeeze<B>()));
     store16(out, _mm512_castsi512_si128(w));
     store16(out + 2 * B, _mm512_extracti32x4_epi32(w, 1));
@@ -176,7 +167,7 @@ struct Avx512 {
     constexpr uint64_t by4 = comb((4 * B) & 63, 64), by2 = comb(2 * B, 32), by1 = comb(B, 16);
     __m512i w;
     if (B == 4) {
-      w = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in)));
+      w = _mm512_cvtepu8_epi16(load32b(in));
     } else if (B == 2) {
       w = spread<16 - 2 * B>(_mm512_cvtepu8_epi32(load16b(in)), by2, by2 << 16);
     } else {
@@ -236,6 +227,33 @@ struct Avx512 {
     return _mm512_fmadd_ps(v, signs(0xFF00), _mm512_shuffle_f32x4(v, v, 0x4E));
   }
 
+ protected:
+  // 2^16 times the levels, plus what rounds them when the low 16 bits go.
+  template <bool kNoisy, class T>
+  static void fixed_points(const T* x, float inverse, const uint16_t* noise, __m512i (&q)[4]) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const __m512i r = kNoisy ? _mm512_cvtepu16_epi32(load32b(noise + 16 * j)) : _mm512_set1_epi32(int(kNearest));
+      q[j] = _mm512_add_epi32(units16(x + 16 * j, inverse), r);
+    }
+  }
+  // Neighbours merged, as core/pack.h: two codes to 2 * B bits in 16, four to 4 * B in 32, eight to 8 * B in 64.
+  template <int B>
+  static __m512i by_pairs(__m512i c) {
+    if (B == 7)  // 2^7 is no signed byte
+      return _mm512_or_si512(_mm512_and_si512(c, _mm512_set1_epi16(0xff)), _mm512_slli_epi16(_mm512_srli_epi16(c, 8), 7));
+    return _mm512_maddubs_epi16(c, _mm512_set1_epi16(int16_t(1 | (1 << ((B & 7) + 8)))));
+  }
+  template <int B>
+  static __m512i by_fours(__m512i pairs) {
+    return _mm512_madd_epi16(pairs, _mm512_set1_epi32(1 | (1 << ((2 * B + 16) & 31))));
+  }
+  template <int B>
+  static __m512i by_eights(__m512i pairs) {
+    const __m512i w = by_fours<B>(pairs), low = _mm512_set1_epi64((int64_t(1) << 4 * B) - 1);
+    return _mm512_ternarylogic_epi64(low, w, _mm512_srli_epi64(w, 32 - 4 * B), 0xCA);  // bits of w where `low` is set
+  }
+
  private:
   static __m512 signs(__mmask16 negative) { return _mm512_mask_blend_ps(negative, _mm512_set1_ps(1.0f), _mm512_set1_ps(-1.0f)); }
   template <class T>
@@ -253,6 +271,7 @@ struct Avx512 {
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     return _mm512_add_epi8(_mm512_permutexvar_epi32(order, bytes), _mm512_set1_epi8(char(1 << (B - 1))));
   }
+  static __m256i load32b(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static __m128i load16b(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
   static void store16(uint8_t* p, __m128i v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), v); }
 

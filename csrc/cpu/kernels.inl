@@ -3,7 +3,7 @@
 //   load(p), store(p, Codes), merge(all, Codes)  to and from memory; bitwise or
 //   noise<n>(seed, group, pass, out)             n 16-bit words of Philox, counters (group, group + 1, ..; pass; 0)
 //   maximum64(Maximum, x), reduce(Maximum)       the largest magnitude
-//   quantize64<B>(x, inverse, noise) -> Codes    see core/quantize.h
+//   quantize64<B, noisy>(x, inverse, noise) -> Codes   see core/quantize.h; to nearest if not noisy
 //   total64(Sum, x, inverse), total(Sum)         the sum of |fixed_point|
 //   energy64(Sum, x, inverse)                    the sum of their squares
 //   eden64<B>(Sum, x, inverse, inverse_step) -> Codes   adds the products of units and levels, see core/eden.h

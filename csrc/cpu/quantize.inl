@@ -1,16 +1,19 @@
 // Scales, codes and their packing, bucket by bucket, over an instruction set `Isa` (see kernels.inl, which includes this).
 
-// The random bits of consecutive elements, made up to 1024 at a time: enough independent work to hide latencies, little enough
-// to stay in the nearest cache. They are kept from row to row: the next row of a table goes on where this one ends.
+// The random bits of consecutive elements, made 1152 at a time: enough independent work to hide latencies, little enough to
+// stay in the nearest cache. They are kept from row to row: the next row of a table goes on where this one ends.
 template <class Isa>
 class Noise {
  public:
   explicit Noise(uint64_t seed) : seed_(seed) {}
-  // 64 values, for the elements from global index `index` on.
-  const uint16_t* at(uint64_t index) {
+  // Makes the bits of the 64 elements from global index `index` on available, and returns how many blocks of 64 there are from
+  // there, at most `wanted`.
+  int64_t prepare(uint64_t index, int64_t wanted) {
     if (index < begin_ || index + kBlock > end_) refill(index);
-    return buffer_ + (index - begin_);
+    const int64_t blocks = int64_t(end_ - index) / kBlock;
+    return blocks < wanted ? blocks : wanted;
   }
+  const uint16_t* at(uint64_t index) const { return buffer_ + (index - begin_); }
 
  private:
   __attribute__((noinline)) void refill(uint64_t index) {
@@ -18,9 +21,43 @@ class Noise {
     end_ = begin_ + kSize;
     Isa::template noise<kSize>(seed_, begin_ >> 3, 0, buffer_);
   }
-  static constexpr int kSize = 1024;
+  static constexpr int kSize = 1152;
   alignas(64) uint16_t buffer_[kSize];
   uint64_t seed_, begin_ = 1, end_ = 0;
+};
+
+// How a bucket's blocks become codes: `prepare(i, wanted)` says how many may follow from element i on, code<B>(x, i) is one's.
+template <class Isa>
+struct NearestCoder {
+  float inverse;
+  int64_t prepare(int64_t, int64_t wanted) { return wanted; }
+  template <int B, class T>
+  typename Isa::Codes code(const T* x, int64_t) {
+    return Isa::template quantize64<B, false>(x, inverse, nullptr);
+  }
+};
+
+template <class Isa>
+struct StochasticCoder {
+  float inverse;
+  uint64_t index;  // of the bucket's first element
+  Noise<Isa>& noise;
+  int64_t prepare(int64_t i, int64_t wanted) { return noise.prepare(index + uint64_t(i), wanted); }
+  template <int B, class T>
+  typename Isa::Codes code(const T* x, int64_t i) {
+    return Isa::template quantize64<B, true>(x, inverse, noise.at(index + uint64_t(i)));
+  }
+};
+
+template <class Isa>
+struct EdenCoder {
+  float inverse, inverse_step;
+  typename Isa::Sum dot{};
+  int64_t prepare(int64_t, int64_t wanted) { return wanted; }
+  template <int B, class T>
+  typename Isa::Codes code(const T* x, int64_t) {
+    return Isa::template eden64<B>(dot, x, inverse, inverse_step);
+  }
 };
 
 // `count` < 64 elements, padded with zeros.
@@ -39,98 +76,97 @@ inline void for_blocks(const T* x, int64_t count, T (&buffer)[kBlock], const F& 
   if (whole < count) f(padded(x + whole, count - whole, buffer));
 }
 
-// Writes the codes that `code` gives for every 64 elements of a bucket; code(from, i) returns those of the elements from i on.
-template <class Isa, int B, class T, class F>
-inline void pack_bucket(const T* x, int64_t count, uint8_t* packed, const uint8_t* out_end, const F& code) {
-  for (int64_t i = 0; i < count; i += kBlock) {
-    uint8_t* const out = packed + i / 8 * B;
+// Codes of `count` <= 64 elements to `out`, and nothing behind them; unused bits of the last byte are zero.
+template <class Isa, int B>
+__attribute__((noinline)) void pack_part(const typename Isa::Codes& codes, int64_t count, uint8_t* out) {
+  alignas(64) uint8_t bytes[kBlock + 16], clean[kBlock];
+  Isa::store(clean, codes);
+  memset(clean + count, 0, kBlock - count);
+  Isa::template pack64<B>(Isa::load(clean), bytes);
+  memcpy(out, bytes, (count * B + 7) / 8);
+}
+
+// Writes the codes of a bucket.
+template <class Isa, int B, class T, class Coder>
+inline void pack_bucket(const T* x, int64_t count, uint8_t* packed, const uint8_t* out_end, Coder& coder) {
+  int64_t i = 0, whole = count / kBlock;  // blocks; those whose reach stays within the range's bytes
+  while (whole > 0 && packed + (whole - 1) * 8 * B + kReach<B> > out_end) --whole;
+  while (i < whole) {
+    const int64_t stop = i + coder.prepare(i * kBlock, whole - i);
+    for (; i < stop; ++i) Isa::template pack64<B>(coder.template code<B>(x + i * kBlock, i * kBlock), packed + i * 8 * B);
+  }
+  for (i *= kBlock; i < count; i += kBlock) {
     const int64_t here = count - i < kBlock ? count - i : kBlock;
     alignas(64) T tail[kBlock];
-    const auto codes = code(here == kBlock ? x + i : padded(x + i, here, tail), i);
-    if (here == kBlock && out + kReach<B> <= out_end) {
-      Isa::template pack64<B>(codes, out);
-    } else {
-      alignas(64) uint8_t bytes[kBlock + 16], clean[kBlock];
-      Isa::store(clean, codes);
-      memset(clean + here, 0, kBlock - here);  // unused bits of the last byte are zero
-      Isa::template pack64<B>(Isa::load(clean), bytes);
-      memcpy(out, bytes, (here * B + 7) / 8);
-    }
+    coder.prepare(i, 1);
+    pack_part<Isa, B>(coder.template code<B>(here == kBlock ? x + i : padded(x + i, here, tail), i), here, packed + i / 8 * B);
   }
 }
 
 // A bucket with NaN or infinity is coded as zeros: they convert without undefined behaviour, and its scale says what it is.
-template <class Isa, class T, int B>
-inline void code_zeros(int64_t count, uint8_t* packed, const uint8_t* out_end, const uint16_t* noise) {
-  alignas(64) T zeros[kBlock] = {};
-  const auto codes = Isa::template quantize64<B>(static_cast<const T*>(zeros), 0.0f, noise);
+template <class Isa, int B>
+void code_zeros(int64_t count, uint8_t* packed) {
+  alignas(64) const float zeros[kBlock] = {};
+  const auto codes = Isa::template quantize64<B, false>(zeros, 0.0f, nullptr);
   for (int64_t i = 0; i < count; i += kBlock)
-    pack_bucket<Isa, B>(static_cast<const T*>(zeros), count - i < kBlock ? count - i : kBlock, packed + i / 8 * B, out_end,
-                        [&](const T*, int64_t) { return codes; });
+    pack_part<Isa, B>(codes, count - i < kBlock ? count - i : kBlock, packed + i / 8 * B);
 }
 
 template <class Isa, class T, int B>
-inline float eden_bucket(const T* x, int64_t count, uint32_t largest, uint8_t* packed, const uint8_t* out_end) {
+float eden_bucket(const T* x, int64_t count, uint32_t largest, uint8_t* packed, const uint8_t* out_end) {
   alignas(64) T tail[kBlock];
   const float inverse = eden_inverse(largest);
-  typename Isa::Sum energy{}, dot{};
-  for_blocks(x, count, tail, [&](const T* from) { Isa::energy64(energy, from, inverse); });
+  typename Isa::Sum energy{};
+  for_blocks(x, count, tail, [&](const T* block) { Isa::energy64(energy, block, inverse); });
   const int64_t squares = Isa::total(energy);
   if constexpr (B == 1) {
-    for_blocks(x, count, tail, [&](const T* from) { Isa::total64(dot, from, inverse); });
-    pack_bucket<Isa, B>(x, count, packed, out_end,
-                        [&](const T* from, int64_t) { return Isa::template quantize64<B>(from, inverse, nullptr); });
+    typename Isa::Sum sum{};
+    for_blocks(x, count, tail, [&](const T* block) { Isa::total64(sum, block, inverse); });
+    NearestCoder<Isa> coder{inverse};
+    pack_bucket<Isa, B>(x, count, packed, out_end, coder);
+    return eden_scale(largest, squares, Isa::total(sum));
   } else {
     const float inverse_step = eden_inverse_step(largest, squares, count, B, [](float v) { return Isa::square_root(v); });
-    pack_bucket<Isa, B>(x, count, packed, out_end,
-                        [&](const T* from, int64_t) { return Isa::template eden64<B>(dot, from, inverse, inverse_step); });
+    EdenCoder<Isa> coder{inverse, inverse_step};
+    pack_bucket<Isa, B>(x, count, packed, out_end, coder);
+    return eden_scale(largest, squares, Isa::total(coder.dot));
   }
-  return eden_scale(largest, squares, Isa::total(dot));
 }
 
 // The buckets of an item that begin in [from, to).
 template <class Isa, class T, int B>
 void quantize_item(const QuantizeItem& a, Rounding rounding, Noise<Isa>& noise, int64_t from, int64_t to) {
-  const T* const all = static_cast<const T*>(a.x);
   alignas(64) T tail[kBlock];
-  alignas(64) uint16_t nearest[kBlock];
-  for (auto& value : nearest) value = uint16_t(kNearest);
-  const int64_t first = (from + a.bucket - 1) / a.bucket, last = (to + a.bucket - 1) / a.bucket;
-  const int64_t range_end = last < (a.n + a.bucket - 1) / a.bucket ? last * a.bucket : a.n;
-  uint8_t* const out_end = a.packed + (range_end * B + 7) / 8;
-  for (int64_t k = first; k < last; ++k) {
-    const int64_t start = k * a.bucket, count = a.n - start < a.bucket ? a.n - start : a.bucket;
-    const T* const x = all + start;
+  const int64_t range_end = to < a.n ? (to + a.bucket - 1) / a.bucket * a.bucket : a.n;
+  uint8_t* const out_end = a.packed + ((range_end < a.n ? range_end : a.n) * B + 7) / 8;
+  int64_t k = (from + a.bucket - 1) / a.bucket;
+  for (int64_t start = k * a.bucket; start < to; start += a.bucket, ++k) {
+    const int64_t count = a.n - start < a.bucket ? a.n - start : a.bucket;
+    const T* const x = static_cast<const T*>(a.x) + start;
     uint8_t* const packed = a.packed + start / 8 * B;
     typename Isa::Maximum maximum{};
     for_blocks(x, count, tail, [&](const T* block) { Isa::maximum64(maximum, block); });
     const uint32_t largest = Isa::reduce(maximum);
+    const float inverse = bucket_inverse(largest, B);
     if (!is_finite_bucket(largest)) {
       a.scales[k] = quiet_nan();
-      code_zeros<Isa, T, B>(count, packed, out_end, nearest);
-      continue;
-    }
-    if (rounding == Rounding::kEden) {
+      code_zeros<Isa, B>(count, packed);
+    } else if (rounding == Rounding::kEden) {
       a.scales[k] = eden_bucket<Isa, T, B>(x, count, largest, packed, out_end);
-      continue;
-    }
-    const float inverse = bucket_inverse(largest, B);
-    if (B == 1) {
+    } else if (B == 1) {
       typename Isa::Sum sum{};
       for_blocks(x, count, tail, [&](const T* block) { Isa::total64(sum, block, inverse); });
       a.scales[k] = one_bit_scale(largest, Isa::total(sum), count);
+      NearestCoder<Isa> coder{inverse};
+      pack_bucket<Isa, B>(x, count, packed, out_end, coder);
+    } else if (rounding == Rounding::kNearest) {
+      a.scales[k] = bucket_scale(largest, B);
+      NearestCoder<Isa> coder{inverse};
+      pack_bucket<Isa, B>(x, count, packed, out_end, coder);
     } else {
       a.scales[k] = bucket_scale(largest, B);
-    }
-    if (B > 1 && rounding == Rounding::kStochastic) {
-      const uint64_t index = a.offset + uint64_t(start);
-      pack_bucket<Isa, B>(x, count, packed, out_end, [&](const T* block, int64_t i) {
-        return Isa::template quantize64<B>(block, inverse, noise.at(index + uint64_t(i)));
-      });
-    } else {
-      pack_bucket<Isa, B>(x, count, packed, out_end, [&](const T* block, int64_t) {
-        return Isa::template quantize64<B>(block, inverse, nearest);
-      });
+      StochasticCoder<Isa> coder{inverse, a.offset + uint64_t(start), noise};
+      pack_bucket<Isa, B>(x, count, packed, out_end, coder);
     }
   }
 }

@@ -7,7 +7,7 @@
 // for its first 8 * kLanes elements' stages and once for every further factor of eight.
 // Included by kernels.inl.
 
-// 8192 flips of one pass, kept from row to row: the groups of a table's small rows follow each other closely.
+// 12288 flips of one pass, kept from row to row: the groups of a table's small rows follow each other closely.
 template <class Isa>
 class Flips {
  public:
@@ -24,7 +24,8 @@ class Flips {
   }
 
  private:
-  static constexpr uint64_t kGroups = kRotateBlock / 128;
+  static constexpr uint64_t kGroups = 96;
+  static_assert(128 * kGroups >= uint64_t(kRotateBlock), "a block's flips fit");
   alignas(64) uint8_t bits_[16 * kGroups];
   uint64_t seed_, begin_ = 0;
   uint32_t pass_;

@@ -76,11 +76,11 @@ struct Scalar {
   static int64_t total(Sum sum) { return sum; }
   static float square_root(float v) { return std::sqrt(v); }
 
-  template <int B, class T>
+  template <int B, bool kNoisy, class T>
   static Codes quantize64(const T* x, float inverse, const uint16_t* noise) {
     Codes c;
     for (int i = 0; i < 64; ++i)
-      c.code[i] = B == 1 ? one_bit_code(to_float(x[i])) : code_of(to_float(x[i]), inverse, noise[i], B);
+      c.code[i] = B == 1 ? one_bit_code(to_float(x[i])) : code_of(to_float(x[i]), inverse, kNoisy ? noise[i] : kNearest, B);
     return c;
   }
 
