@@ -55,9 +55,8 @@ __global__ void __launch_bounds__(kThreads, 4) unpack_tiles(const uint8_t* packe
   // Eight codes begin at bit 0, the other eight at bit 8 * B.
   constexpr int kWord = 8 * B / 32, kShift = 8 * B % 32;
   const uint64_t low = unpack8<B>(join_words(w[0], w[1]));
-  const uint64_t high = unpack8<B>(
-      kShift == 0 ? join_words(w[kWord], w[kWord + 1 < kWords ? kWord + 1 : kWords])
-                  : join_words(__funnelshift_r(w[kWord], w[kWord + 1], kShift), w[kWord + 1] >> kShift));
+  const uint64_t high = unpack8<B>(join_words(__funnelshift_r(w[kWord], w[kWord + 1], kShift),
+                                              B > 4 ? __funnelshift_r(w[kWord + 1], w[B > 4 ? kWord + 2 : 0], kShift) : 0));
   const uint32_t out[4] = {uint32_t(low), uint32_t(low >> 32), uint32_t(high), uint32_t(high >> 32)};
   if (left == kCodes && is_aligned(codes + begin, 16)) {
     __stcs(reinterpret_cast<uint4*>(codes + begin), make_uint4(out[0], out[1], out[2], out[3]));
