@@ -1,10 +1,11 @@
 """The Triton kernels as a backend: hands flat buffers on an NVIDIA GPU to `dynfed_lightning.kernels`.
 
-Every operation runs on the current stream of torch. None waits for the device but `pack`, which looks at the codes, and the first use of a
-table of tensors, whose tiles are then uploaded and kept: use it once before a CUDA graph is captured, and keep it while that is replayed.
-A list of tensors is copied to or from one flat vector on the way.
+Every operation runs on the current stream of torch. None waits for the device but `pack`, which looks at the codes, and the
+first use of a table of tensors, whose tiles are then uploaded and kept: use it once before a CUDA graph is captured, and keep
+it while that is replayed. A list of tensors is copied to or from one flat vector on the way.
 
-With ``TRITON_INTERPRET=1`` set before Triton is imported, the kernels run in Triton's interpreter, on tensors of the CPU too: slowly, as a test.
+With ``TRITON_INTERPRET=1`` set before the kernels are imported, they run in Triton's interpreter, on tensors of the CPU too:
+slowly, as a test.
 
 Triton is an optional dependency and is imported when an operation first runs.
 """

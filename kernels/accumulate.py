@@ -6,12 +6,45 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arithmetic import bucket_of, four_codes, levels_of
+from .arithmetic import AHEAD, bucket_of, four_codes, levels_of
 from .launch import launch
 from .tiles import record, tiles_of
 
-TILE = 4096  # values a program: 32 a thread at 4 warps, so that index arithmetic is spread over many
+TILE = 4096  # values a program: 32 a thread, which share the addresses' arithmetic
 CLIENTS = 8  # a launch: more would read all their codes before the first is used, and spill
+
+
+@triton.jit
+def _tile(
+    out, packed, scales, weights, tiles, n, widths, bucket, left,
+    BITS: tl.constexpr, BUCKET: tl.constexpr, TABLE: tl.constexpr, WORDS: tl.constexpr, INSIDE: tl.constexpr,
+    CLIENTS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """One tile of `out`; INSIDE, at least `AHEAD` more values follow it, and nothing needs a mask."""
+    h = tl.arange(0, TILE // 4)
+    i = 4 * h[:, None] + tl.arange(0, 4)[None, :]
+    if INSIDE:
+        total = tl.load(out + i)
+    else:
+        total = tl.load(out + i, mask=i < left, other=0.0)
+    for k in tl.static_range(CLIENTS):
+        start, _, bits, _, _, byte, scale, _ = record(tiles[k], n, BITS, BUCKET, TABLE, TILE)
+        if BITS != 0:
+            bits = BITS
+        elif not TABLE:
+            bits = ((widths >> (3 * k)) & 7) + 1
+            byte = start * bits // 8
+        codes = four_codes(packed[k], byte, left, bits, BITS, TABLE, WORDS and INSIDE, TILE)
+        if INSIDE:
+            s = tl.load(scales[k] + scale + bucket)
+        else:
+            s = tl.load(scales[k] + scale + bucket, mask=4 * h < left, other=0.0)
+        factor = s * tl.cast(weights[k], tl.float32)
+        total = tl.fma(tl.broadcast_to(factor[:, None], total.shape), levels_of(codes, bits), total)
+    if INSIDE:
+        tl.store(out + i, total)
+    else:
+        tl.store(out + i, total, mask=i < left)
 
 
 @triton.jit(do_not_specialize=["n", "widths"])
@@ -20,33 +53,55 @@ def accumulate_kernel(
     BITS: tl.constexpr, BUCKET: tl.constexpr, TABLE: tl.constexpr, WORDS: tl.constexpr, ALIGNED: tl.constexpr,
     CLIENTS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """`packed`, `scales`, `weights`, `tiles` are tuples, an entry a client; `widths` has 3 bits for each client's bits - 1 if BITS is 0."""
+    """`packed`, `scales`, `weights`, `tiles` are tuples, an entry a client.
+
+    The widths are BITS for all clients, or in the records of a table, or `bits - 1` in 3 bits of `widths` for each client.
+    """
     start, left, _, quarter, _, _, _, within = record(tiles[0], n, BITS, BUCKET, TABLE, TILE)
     if TABLE and ALIGNED:
         start = tl.multiple_of(start, 4)
     if BUCKET != 0:
         quarter = BUCKET // 4
-    h = tl.arange(0, TILE // 4)
-    i = 4 * h[:, None] + tl.arange(0, 4)[None, :]
-    bucket = bucket_of(h, within, quarter)
-    if left >= TILE:
-        total = tl.load(out + start + i)
+    bucket = bucket_of(tl.arange(0, TILE // 4), within, quarter)
+    out += start
+    if left >= TILE + AHEAD:
+        _tile(
+            out,
+            packed,
+            scales,
+            weights,
+            tiles,
+            n,
+            widths,
+            bucket,
+            left,
+            BITS,
+            BUCKET,
+            TABLE,
+            WORDS,
+            True,
+            CLIENTS,
+            TILE,
+        )
     else:
-        total = tl.load(out + start + i, mask=i < left, other=0.0)
-    for k in tl.static_range(CLIENTS):
-        _, _, bits, _, _, byte, scale, _ = record(tiles[k], n, BITS, BUCKET, TABLE, TILE)
-        if BITS != 0:
-            bits = BITS
-        elif not TABLE:
-            bits = ((widths >> (3 * k)) & 7) + 1
-            byte = start * bits // 8
-        codes = four_codes(packed[k], byte, left, bits, BITS, TABLE, WORDS, TILE)
-        factor = tl.load(scales[k] + scale + bucket, mask=4 * h < left, other=0.0) * tl.cast(weights[k], tl.float32)
-        total = tl.fma(tl.broadcast_to(factor[:, None], total.shape), levels_of(codes, bits), total)
-    if left >= TILE:
-        tl.store(out + start + i, total)
-    else:
-        tl.store(out + start + i, total, mask=i < left)
+        _tile(
+            out,
+            packed,
+            scales,
+            weights,
+            tiles,
+            n,
+            widths,
+            bucket,
+            left,
+            BITS,
+            BUCKET,
+            TABLE,
+            WORDS,
+            False,
+            CLIENTS,
+            TILE,
+        )
 
 
 def accumulate(
@@ -80,8 +135,8 @@ def accumulate_table(
         words = all(t.data_ptr() % 4 == 0 for t in p)
         clients = [tiles_of(t, TILE, out, a, b, False) for t, a, b in zip(tables[part], p, s, strict=True)]
         for groups in zip(*clients, strict=True):
-            if len({group.count for group in groups}) > 1:
+            if len({group.programs for group in groups}) > 1:
                 raise ValueError("Expected tables that agree in the start, length and bucket of every row.")
             args = out, p, s, w, tuple(group.records for group in groups), 0, 0
             aligned = groups[0].aligned
-            launch(accumulate_kernel, groups[0].count, out, *args, 0, 0, True, words, aligned, len(p), TILE)
+            launch(accumulate_kernel, groups[0].programs, out, *args, 0, 0, True, words, aligned, len(p), TILE)

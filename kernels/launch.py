@@ -10,7 +10,7 @@ from torch import Tensor
 def launch(kernel: Any, programs: int, on: Tensor, *args: Any, num_warps: int = 4) -> None:
     """Run `programs` programs of `kernel` on the device of `on`.
 
-    Four warps, unless measured otherwise: enough threads to share a reduction, few enough that many programs fit a multiprocessor.
+    Four warps unless the caller says otherwise: at 32 values a thread, a tile of 4096.
     """
     if not programs:
         return
@@ -25,7 +25,11 @@ def capturing(on: Tensor) -> bool:
 
 
 def halves(number: int) -> tuple[int, int]:
-    """A 64-bit integer as two signed 32-bit halves, low and high: the type of a kernel's argument must not change with its value."""
+    """A 64-bit integer as two signed 32-bit halves, low and high.
+
+    A kernel's argument must not change its type with its value: each type is compiled for itself. (And the interpreter of
+    Triton 3.6 to 3.9 computes modulo 2**32 with integers from 2**31 to 2**32 - 1.)
+    """
     number &= (1 << 64) - 1
     low, high = number & 0xFFFFFFFF, number >> 32
     return low - (low >> 31 << 32), high - (high >> 31 << 32)

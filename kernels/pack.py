@@ -8,7 +8,7 @@ from torch import Tensor
 from .arithmetic import pack_half, store_groups
 from .launch import capturing, launch
 
-TILE = 4096  # codes a program: 32 a thread at 4 warps, so that index arithmetic is spread over many
+TILE = 4096  # values a program: 32 a thread, which share the addresses' arithmetic
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -41,8 +41,8 @@ def pack(codes: Tensor, bits: int, out: Tensor) -> int | None:
     """uint8 codes [n] -> uint8 [ceil(n * bits / 8)], written to `out`; only the low `bits` bits of a code get through.
 
     Returns:
-        The largest code if it is ``2**bits`` or more, else 0. Reading it waits for the device; None while a CUDA graph is captured,
-        where nothing may wait.
+        The largest code if it is ``2**bits`` or more, else 0. Reading it waits for the device; None while a CUDA graph is
+        captured, where nothing may wait.
     """
     n = codes.numel()
     too_large = torch.zeros(1, dtype=torch.int32, device=codes.device)

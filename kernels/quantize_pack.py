@@ -1,12 +1,12 @@
 """quantize_pack: one scale a bucket, one code a value, in one pass over the input.
 
 With ``amax`` a bucket's largest magnitude, ``L = 2**(b-1) - 1`` and ``r`` 16 random bits (32768 for nearest rounding):
-``scale = amax / L``, ``code = ((trunc(x * 65536 * L / amax) + r) >> 16) + 2**(b-1)``. EDEN rounding takes steps of the root mean square
-and the scale ``sum(x * x) / sum(x * level)``. One bit is the sign. `dynfed_lightning._reference` has every detail.
+``scale = amax / L``, ``code = ((trunc(x * 65536 * L / amax) + r) >> 16) + 2**(b-1)``. EDEN rounding takes steps of the root mean
+square and the scale ``sum(x * x) / sum(x * level)``. One bit is the sign. `dynfed_lightning._reference` has every detail.
 
-A program takes as many buckets as fill a tile and holds them in registers. A bucket that is larger than a tile has a program of its own,
-which reads it two or three times, the later ones mostly from the cache (a bucket of 65536 float32 is 256 KiB; millions of values are
-correct but slow: they have too few programs).
+A program takes as many buckets as fill a tile and holds them in registers. A bucket larger than a tile has a program of its own,
+which reads it two or three times, mostly from the cache (65536 float32 are 256 KiB). Buckets of millions of values are correct
+but slow: they make too few programs to fill a GPU.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._reference import EDEN, EDEN_STEPS, STOCHASTIC
+from dynfed_lightning import _reference
+
 from .arithmetic import (
     INFINITY_BITS,
     NAN_BITS,
@@ -30,12 +31,12 @@ from .arithmetic import (
     store_groups,
 )
 from .launch import halves, launch
-from .tiles import BITS, BUCKET, PACKED, START, Group, cut, joined_length, kept, record, rows_of
+from .tiles import Column, Group, cut, joined_length, kept, record, rows_of
 
-TILE = 4096  # values a program: 32 a thread at 4 warps, so that the ten key words of Philox and the addresses are spread over many
-EDEN_UNITS = tl.constexpr(
-    2.0**20
-)  # units of EDEN's integer sums in the largest magnitude: squares of 65536 values fit 64 bits
+TILE = 4096  # values a program: 32 a thread, which share one schedule of Philox keys and the addresses' arithmetic
+STOCHASTIC = tl.constexpr(_reference.STOCHASTIC)
+EDEN = tl.constexpr(_reference.EDEN)
+EDEN_UNITS = tl.constexpr(2.0**20)  # of EDEN's integer sums, in the largest magnitude: 65536 squares fit 64 bits
 
 
 @triton.jit
@@ -121,7 +122,7 @@ def finite_or_zero(x, largest):
 @triton.jit
 def first_sum(low, high, largest, BITS: tl.constexpr, ROUNDING: tl.constexpr):
     """What the levels or the scale need of the whole bucket, int64: EDEN's sum of squares; one bit's sum of magnitudes."""
-    if ROUNDING == 2:
+    if ROUNDING == EDEN:
         inverse = inverse_of(largest, EDEN_UNITS)
         a = fixed_point(low, inverse)
         b = fixed_point(high, inverse)
@@ -155,7 +156,7 @@ def levels_linear(
 ):  # fmt: skip
     """Both halves' levels, the largest of which is the largest magnitude."""
     inverse = inverse_of(largest, 65536.0 * ((1 << (BITS - 1)) - 1))
-    if ROUNDING == 1:
+    if ROUNDING == STOCHASTIC:
         noise_low, noise_high = random_halves(first, group, seed_low, seed_high, PHASE)
     else:
         noise_low = 32768
@@ -177,7 +178,7 @@ def code_words(low, high, level_low, level_high, BITS: tl.constexpr):
 def scale_of(largest, sum1, sum2, values, BITS: tl.constexpr, ROUNDING: tl.constexpr):
     """Each bucket's scale: 0 if it counts as zero, NaN if it is not finite."""
     amax = tl.where(usable(largest), largest.to(tl.float32, bitcast=True), 0.0)
-    if ROUNDING == 2:
+    if ROUNDING == EDEN:
         dot = tl.where(usable(largest), sum2.to(tl.float32), 1.0)
         scale = (amax * (1.0 / EDEN_UNITS)) * tl.div_rn(sum1.to(tl.float32), dot)
     elif BITS == 1:
@@ -214,9 +215,9 @@ def quantize_pack_kernel(
     high = finite_or_zero(high, largest)
     sum1 = largest
     sum2 = largest
-    if ROUNDING == 2 or BITS == 1:
+    if ROUNDING == EDEN or BITS == 1:
         sum1 = first_sum(low, high, largest, BITS, ROUNDING)
-    if ROUNDING == 2:
+    if ROUNDING == EDEN:
         a, b, sum2 = levels_eden(low, high, largest, sum1, values, BITS, STEP)
     elif BITS > 1:
         a, b = levels_linear(low, high, largest, first, group, seed_low, seed_high, BITS, ROUNDING, PHASE)
@@ -255,7 +256,7 @@ def quantize_pack_large_kernel(
         largest = tl.maximum(largest, largest_of(low, high))
 
     sum1 = tl.zeros([1, 1, 1], tl.int64)
-    if ROUNDING == 2 or BITS == 1:
+    if ROUNDING == EDEN or BITS == 1:
         for c in range(chunks):
             at = tl.cast(c, tl.int64) * (8 * GROUPS)
             count = tl.minimum(size - at, 8 * GROUPS).to(tl.int32)
@@ -270,7 +271,7 @@ def quantize_pack_large_kernel(
         whole = count == 8 * GROUPS
         low = finite_or_zero(load_half(x + (start + at), group, keep, count, whole, 0, False), largest)
         high = finite_or_zero(load_half(x + (start + at), group, keep, count, whole, 1, False), largest)
-        if ROUNDING == 2:
+        if ROUNDING == EDEN:
             a, b, dot = levels_eden(low, high, largest, sum1, values, BITS, STEP)
             sum2 += dot
         elif BITS > 1:
@@ -296,15 +297,17 @@ def _launch(
     x: Tensor, packed: Tensor, scales: Tensor, group: Group | None, bits: int, bucket: int, offset: int, seed: int, rounding: int
 ) -> None:  # fmt: skip
     kernel, rows, groups = _shape(bucket)
-    if bits == 1 and rounding != EDEN:
-        rounding = 0
+    if bits == 1 and rounding != _reference.EDEN:
+        rounding = _reference.NEAREST  # one kernel for both
     # For a table `aligned` speaks of the rows; the pointers themselves Triton examines, but for the words of codes.
     words = packed.data_ptr() % 8 == 0 and (group is None or group.aligned)
-    count = triton.cdiv(x.numel(), rows * bucket) if group is None else group.count
+    count = triton.cdiv(x.numel(), rows * bucket) if group is None else group.programs
+    # What this rounding does not use must not make for another compiled kernel.
+    step = _reference.EDEN_STEPS[bits] if rounding == _reference.EDEN else 0.0
+    phase = offset % 8 if rounding == _reference.STOCHASTIC else 0
     launch(
         kernel, count, x, x, packed, scales, None if group is None else group.records, x.numel(),
-        *halves(offset), *halves(seed),
-        bits, bucket, rounding, EDEN_STEPS[bits] if rounding == EDEN else 0.0, offset % 8 if rounding == STOCHASTIC else 0,
+        *halves(offset), *halves(seed), bits, bucket, rounding, step, phase,
         group is not None, group is not None and group.aligned, words, rows, groups,
     )  # fmt: skip
 
@@ -327,7 +330,7 @@ def quantize_pack_table(
 ) -> None:
     """`quantize_pack` of every row: one launch for each width, bucket and alignment that occurs.
 
-    A list of tensors is first put into one flat vector (of their common dtype, or float32): three times the memory traffic of a flat `x`.
+    A list of tensors is first put into one flat vector, of their common dtype or float32: that is thrice the memory traffic.
     """
     join = len(x) != 1
     if join:
@@ -336,8 +339,9 @@ def quantize_pack_table(
 
     def make() -> list[Group]:
         rows = rows_of(table, flat, packed, scales, join)
-        straight = (rows[:, START] % 4 == 0) & (rows[:, PACKED] % torch.gcd(rows[:, BITS], torch.tensor(8)) == 0)
-        kinds = torch.stack((rows[:, BITS], rows[:, BUCKET], straight.long()), dim=1)
+        widths = rows[:, Column.BITS]
+        straight = (rows[:, Column.START] % 4 == 0) & (rows[:, Column.PACKED] % widths == 0)
+        kinds = torch.stack((widths, rows[:, Column.BUCKET], straight.long()), dim=1)
         groups = []
         for bits, bucket, aligned in torch.unique(kinds, dim=0).tolist():
             chosen = rows[(kinds == torch.tensor((bits, bucket, aligned))).all(dim=1)]

@@ -1,7 +1,7 @@
 """rotate: ``H D x / sqrt(B)`` for each block of B values, in place; the inverse is ``D H x / sqrt(B)``.
 
-D flips signs at random, H is the Hadamard matrix: log2(B) rounds, in each of which all pairs (a, b) at a distance of 1, 2, 4, .. values
-become (a + b, a - b). A program rotates as many blocks as fill a tile, in registers and shared memory.
+D flips signs at random, H is the Hadamard matrix: log2(B) rounds, in each of which all pairs (a, b) at a distance of 1, 2, 4, ..
+values become (a + b, a - b). A program rotates as many blocks as fill a tile, in registers and shared memory.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .arithmetic import philox
 from .launch import halves, launch
-from .tiles import BITS, BUCKET, LENGTH, OFFSET, PACKED, SCALES, START, Group, check, cut, kept, record
+from .tiles import Column, Group, check, cut, kept, record
 
 TILE = 4096  # values a program, or one block if that is larger; 32 values a thread
 BLOCKS, TAIL = 1, 2  # the two passes over a row, told apart in the Philox counter; rounding uses 0
@@ -51,30 +51,31 @@ def rotate_kernel(
         tl.store(x + start + i, y, mask=i < left)
 
 
-def _pieces(table: Tensor, n: int, block: int) -> list[tuple[int, int, Tensor]]:
+def _pieces(table: Tensor, size_of_x: int, block: int) -> list[tuple[int, int, Tensor]]:
     """(pass, block size, rows) of all launches of the forward direction: whole blocks of all rows first, then the tails.
 
-    The rows hold what `rotate_kernel` reads: OFFSET counts the values of the pass, and PACKED is the first Philox block.
+    The rows hold what `rotate_kernel` reads: the offset counts the values of a pass, the bytes' place is the first Philox block.
     """
     rows = table.clone()
-    rows[:, PACKED] = rows[:, OFFSET] >> 3
-    rows[:, [BITS, OFFSET, SCALES]] = torch.tensor([1, 0, 0])
-    rows[:, BUCKET] = 8
-    check(rows, n, 2**63 - 1, 2**63 - 1)
-    rows = rows[rows[:, LENGTH] > 0]
-    rows[:, BITS] = 0  # PACKED does not move with the tiles
-    sizes = torch.tensor([min(block, 1 << (length.bit_length() - 1)) for length in rows[:, LENGTH].tolist()]).long()
+    rows[:, Column.PACKED] = rows[:, Column.OFFSET] >> 3
+    rows[:, [Column.BITS, Column.OFFSET, Column.SCALES]] = torch.tensor([1, 0, 0])
+    rows[:, Column.BUCKET] = 8
+    check(rows, size_of_x, 2**63 - 1, 2**63 - 1)
+    rows = rows[rows[:, Column.LENGTH] > 0]
+    rows[:, Column.BITS] = 0  # the first Philox block does not move with the tiles
+    lengths = rows[:, Column.LENGTH].tolist()
+    sizes = torch.tensor([min(block, 1 << (n.bit_length() - 1)) for n in lengths], dtype=torch.int64)
     pieces = []
     for which in (BLOCKS, TAIL):
         for size in sizes.unique().tolist():
             chosen = rows[sizes == size].clone()
-            tail = chosen[:, LENGTH] % size
+            tail = chosen[:, Column.LENGTH] % size
             if which == TAIL:
-                chosen[:, START] += chosen[:, LENGTH] - size
-                chosen[:, LENGTH] = size
+                chosen[:, Column.START] += chosen[:, Column.LENGTH] - size
+                chosen[:, Column.LENGTH] = size
                 chosen = chosen[tail > 0]
             else:
-                chosen[:, LENGTH] -= tail
+                chosen[:, Column.LENGTH] -= tail
             pieces.append((which, size, chosen))
     return pieces
 
@@ -88,7 +89,7 @@ def rotate(x: Tensor, table: Tensor, block: int, seed: int, inverse: bool) -> No
     def make() -> list[tuple[int, int, Group]]:
         launches = []
         for which, size, rows in _pieces(table, x.numel(), block):
-            straight = rows[:, START] % 4 == 0
+            straight = rows[:, Column.START] % 4 == 0
             for aligned in (True, False):
                 records = cut(rows[straight == aligned], max(size, TILE))
                 if len(records):
@@ -99,6 +100,6 @@ def rotate(x: Tensor, table: Tensor, block: int, seed: int, inverse: bool) -> No
     for which, size, group in reversed(launches) if inverse else launches:
         tile = max(size, TILE)
         launch(
-            rotate_kernel, group.count, x, x, group.records, *halves(seed), size**-0.5,
+            rotate_kernel, group.programs, x, x, group.records, *halves(seed), size**-0.5,
             which, size.bit_length() - 1, bool(inverse), group.aligned, tile, num_warps=tile // 1024,
         )  # fmt: skip

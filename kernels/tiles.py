@@ -1,6 +1,7 @@
 """A table of tensors, cut into tiles on the host: one record a program, so that a kernel searches nothing."""
 
 from collections.abc import Callable, Sequence
+from enum import IntEnum
 from typing import Any, NamedTuple
 
 import torch
@@ -9,8 +10,19 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-START, LENGTH, BITS, BUCKET, OFFSET, PACKED, SCALES = range(7)  # the columns of a table
 KEPT = 8  # results kept for a table: an operation needs one, and a table rarely sees more than three operations
+
+
+class Column(IntEnum):
+    """The columns of a table."""
+
+    START = 0
+    LENGTH = 1
+    BITS = 2
+    BUCKET = 3
+    OFFSET = 4
+    PACKED = 5
+    SCALES = 6
 
 
 class Group(NamedTuple):
@@ -19,16 +31,16 @@ class Group(NamedTuple):
     bits: int  # of all rows, 0 where they may differ
     bucket: int  # likewise
     aligned: bool  # every tile begins at a multiple of 4 values (and its codes at one of `bits` bytes, where `bits` is given)
-    count: int
-    records: Tensor  # int64 [count, 8] on the device: what `record` reads
+    programs: int
+    records: Tensor  # int64 [programs, 8] on the device: what `record` reads
 
 
 @triton.jit
 def record(tiles, n, BITS: tl.constexpr, BUCKET: tl.constexpr, TABLE: tl.constexpr, TILE: tl.constexpr):
-    """This program's tile: first value, values left in its row, bits, bucket, global index, first byte, first scale, place in the bucket.
+    """This program's tile: first value, values left in its row, bits, bucket, global index, first byte, first scale, place in
+    the bucket. `bucket` and the place in it count groups of four values (a bucket of 2**31 then fits 32 bits).
 
-    `bucket` and the place in it count groups of four values (a bucket of 2**31 then fits 32 bits). All comes from the program's record,
-    or, without TABLE, is computed for a single row of `n` values that begins everywhere at zero.
+    All comes from the program's record, or, without TABLE, is computed for a single row of `n` values that begins at zero.
     """
     program = tl.program_id(0).to(tl.int64)
     if TABLE:
@@ -55,7 +67,7 @@ def record(tiles, n, BITS: tl.constexpr, BUCKET: tl.constexpr, TABLE: tl.constex
 
 def cut(rows: Tensor, tile: int) -> Tensor:
     """Records int64 [tiles, 8] of `rows` int64 [T, 7]: each row in pieces of `tile` values, the last one shorter."""
-    pieces = (rows[:, LENGTH] + (tile - 1)) // tile
+    pieces = (rows[:, Column.LENGTH] + (tile - 1)) // tile
     first = pieces.cumsum(0) - pieces
     row = torch.repeat_interleave(torch.arange(rows.shape[0]), pieces)
     at = (torch.arange(row.numel()) - first[row]) * tile
@@ -120,7 +132,7 @@ def joined_length(table: Tensor, tensors: Sequence[Tensor]) -> int:
         ValueError: they do not have the lengths of the rows.
     """
     sizes = [t.numel() for t in tensors]
-    if sizes != table[:, LENGTH].tolist():
+    if sizes != table[:, Column.LENGTH].tolist():
         raise ValueError(f"Expected one tensor for each row of the table, of its length, but got sizes {sizes}.")
     return sum(sizes)
 
@@ -130,9 +142,9 @@ def rows_of(table: Tensor, flat: Tensor, packed: Tensor, scales: Tensor, join: b
     rows = table
     if join:
         rows = table.clone()
-        rows[:, START] = rows[:, LENGTH].cumsum(0) - rows[:, LENGTH]
+        rows[:, Column.START] = rows[:, Column.LENGTH].cumsum(0) - rows[:, Column.LENGTH]
     check(rows, flat.numel(), packed.numel(), scales.numel())
-    return rows[rows[:, LENGTH] > 0]
+    return rows[rows[:, Column.LENGTH] > 0]
 
 
 def tiles_of(table: Tensor, tile: int, flat: Tensor, packed: Tensor, scales: Tensor, join: bool) -> list[Group]:
@@ -140,7 +152,7 @@ def tiles_of(table: Tensor, tile: int, flat: Tensor, packed: Tensor, scales: Ten
 
     def make() -> list[Group]:
         rows = rows_of(table, flat, packed, scales, join)
-        straight = rows[:, START] % 4 == 0
+        straight = rows[:, Column.START] % 4 == 0
         groups = []
         for aligned in (True, False):
             records = cut(rows[straight == aligned], tile)

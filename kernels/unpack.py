@@ -4,22 +4,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arithmetic import four_codes
+from .arithmetic import AHEAD, four_codes
 from .launch import launch
 
-TILE = 4096  # codes a program: 32 a thread at 4 warps, so that index arithmetic is spread over many
+TILE = 4096  # values a program: 32 a thread, which share the addresses' arithmetic
 
 
 @triton.jit(do_not_specialize=["n"])
 def unpack_kernel(packed, out, n, BITS: tl.constexpr, WORDS: tl.constexpr, TILE: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * TILE
     left = n.to(tl.int64) - start
-    codes = four_codes(packed, start * BITS // 8, left, BITS, BITS, False, WORDS, TILE).to(tl.uint8)
     i = 4 * tl.arange(0, TILE // 4)[:, None] + tl.arange(0, 4)[None, :]
-    if left >= TILE:
-        tl.store(out + start + i, codes)
+    if left >= TILE + AHEAD:
+        codes = four_codes(packed, start * BITS // 8, left, BITS, BITS, False, WORDS, TILE)
+        tl.store(out + start + i, codes.to(tl.uint8))
     else:
-        tl.store(out + start + i, codes, mask=i < left)
+        codes = four_codes(packed, start * BITS // 8, left, BITS, BITS, False, False, TILE)
+        tl.store(out + start + i, codes.to(tl.uint8), mask=i < left)
 
 
 def unpack(packed: Tensor, bits: int, out: Tensor) -> None:

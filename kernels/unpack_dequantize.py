@@ -7,11 +7,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arithmetic import bucket_of, four_codes, levels_of
+from .arithmetic import AHEAD, bucket_of, four_codes, levels_of
 from .launch import launch
 from .tiles import joined_length, record, tiles_of
 
-TILE = 4096  # values a program: 32 a thread at 4 warps, so that index arithmetic is spread over many
+TILE = 4096  # values a program: 32 a thread, which share the addresses' arithmetic
+
+
+@triton.jit
+def _tile(
+    packed, scales, out, bucket, byte, left, bits,
+    BITS: tl.constexpr, TABLE: tl.constexpr, WORDS: tl.constexpr, INSIDE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """One tile; INSIDE, at least `AHEAD` more values follow it, and nothing needs a mask."""
+    codes = four_codes(packed, byte, left, bits, BITS, TABLE, WORDS and INSIDE, TILE)
+    h = tl.arange(0, TILE // 4)
+    i = 4 * h[:, None] + tl.arange(0, 4)[None, :]
+    if INSIDE:
+        tl.store(out + i, levels_of(codes, bits) * tl.load(scales + bucket)[:, None])
+    else:
+        s = tl.load(scales + bucket, mask=4 * h < left, other=0.0)
+        tl.store(out + i, levels_of(codes, bits) * s[:, None], mask=i < left)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -26,15 +42,11 @@ def unpack_dequantize_kernel(
         bits = BITS
     if BUCKET != 0:
         quarter = BUCKET // 4
-    codes = four_codes(packed, byte, left, bits, BITS, TABLE, WORDS, TILE)
-    h = tl.arange(0, TILE // 4)
-    s = tl.load(scales + scale + bucket_of(h, within, quarter), mask=4 * h < left)
-    values = levels_of(codes, bits) * s[:, None]
-    i = 4 * h[:, None] + tl.arange(0, 4)[None, :]
-    if left >= TILE:
-        tl.store(out + start + i, values)
+    bucket = bucket_of(tl.arange(0, TILE // 4), within, quarter)
+    if left >= TILE + AHEAD:
+        _tile(packed, scales + scale, out + start, bucket, byte, left, bits, BITS, TABLE, WORDS, True, TILE)
     else:
-        tl.store(out + start + i, values, mask=i < left)
+        _tile(packed, scales + scale, out + start, bucket, byte, left, bits, BITS, TABLE, WORDS, False, TILE)
 
 
 def unpack_dequantize(packed: Tensor, scales: Tensor, bits: int, bucket: int, out: Tensor) -> None:
@@ -62,4 +74,4 @@ def _fill(packed: Tensor, scales: Tensor, table: Tensor, flat: Tensor, join: boo
     words = packed.data_ptr() % 4 == 0
     for group in tiles_of(table, TILE, flat, packed, scales, join):
         args = packed, scales, flat, group.records, 0, 0, 0
-        launch(unpack_dequantize_kernel, group.count, flat, *args, True, words, group.aligned, TILE)
+        launch(unpack_dequantize_kernel, group.programs, flat, *args, True, words, group.aligned, TILE)
