@@ -55,7 +55,10 @@ export TRITON_CACHE_DIR=$work/.triton TORCHINDUCTOR_CACHE_DIR=$work/.inductor
   "$python" -c 'import sys, torch, triton, numpy; print("python", sys.version.split()[0], "torch", torch.__version__, "triton", triton.__version__, "numpy", numpy.__version__)' 2>&1
 } | tee -a "$out/summary.txt"
 
-step build 200 build.log "$python" setup.py build_ext --inplace
+if ! step "build with CUDA" 200 build.log "$python" setup.py build_ext --inplace; then
+  grep -aE 'error|Error' "$out/build.log" | cut -c1-300 | head -n 8 | tee -a "$out/summary.txt"
+  DYNFED_CUDA=0 step "build without CUDA" 90 build.log "$python" setup.py build_ext --inplace # Triton can still be measured
+fi
 "$python" - <<'PYTHON' 2>&1 | tee -a "$out/summary.txt"
 from dynfed_lightning import _ops_backends as b
 for name in ("cpu", "cuda", "triton"):
@@ -72,7 +75,8 @@ parallel=()
 mapfile -t files < <(grep -lE 'mark\.gpu|ops_support' tests/test_*.py)
 step "pytest -m gpu" 110 pytest.log "$python" -m pytest -m gpu -q --durations=8 --continue-on-collection-errors -p no:cacheprovider \
   -o addopts=-ra -o filterwarnings=default "${parallel[@]}" "${files[@]}"
-say "  $(grep -E '(passed|failed|error|skipped|deselected|no tests ran)' "$out/pytest.log" | tail -n 1)"
+grep -aE '^(FAILED|ERROR)' "$out/pytest.log" | cut -c1-200 | head -n 12 | tee -a "$out/summary.txt"
+say "  $(grep -aE '(passed|failed|error|skipped|deselected|no tests ran)' "$out/pytest.log" | tail -n 1)"
 
 # A process per backend: a fault of one must not take the other's rows. Rows are written as they come.
 bench=("$python" benchmarks/kernels.py --device "$device" --plan cuda --seconds 0.15 --out "$out/kernels-gpu.csv")

@@ -199,6 +199,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "rotation.csv")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # sums in training depend on it
     rows = [r for name, (x, sizes) in vectors(args.values).items() for r in measure(name, x, sizes, args.seeds)]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("w", newline="", encoding="utf-8") as file:
