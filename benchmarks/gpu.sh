@@ -77,6 +77,10 @@ step "pytest -m gpu" 110 pytest.log "$python" -m pytest -m gpu -q --durations=8 
   -o addopts=-ra -o filterwarnings=default "${parallel[@]}" "${files[@]}"
 grep -aE '^(FAILED|ERROR)' "$out/pytest.log" | cut -c1-200 | head -n 12 | tee -a "$out/summary.txt"
 say "  $(grep -aE '(passed|failed|error|skipped|deselected|no tests ran)' "$out/pytest.log" | tail -n 1)"
+if [[ $device == cuda ]] && ! grep -qaE '[1-9][0-9]* passed' "$out/pytest.log"; then
+  say "pytest -m gpu: no test passed"
+  failures=$((failures + 1))
+fi
 
 # A process per backend: a fault of one must not take the other's rows. Rows are written as they come.
 bench=("$python" benchmarks/kernels.py --device "$device" --plan cuda --seconds 0.15 --out "$out/kernels-gpu.csv")
