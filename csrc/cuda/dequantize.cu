@@ -1,5 +1,5 @@
-// unpack_dequantize, and accumulate: all clients in one pass over the output. A warp owns 512 values of it, in four vectors of four
-// to a lane, so that every access to the output is coalesced; for each client it fetches the words that hold its lanes' codes.
+// unpack_dequantize, and accumulate: all clients in one pass over the output. A warp owns 512 values of it, in four vectors of
+// four to a lane, so that every access to the output is coalesced; for each client it fetches the words that hold its codes.
 #include "device.cuh"
 
 namespace dynfed::cuda {

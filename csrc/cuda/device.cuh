@@ -62,11 +62,9 @@ __device__ __forceinline__ void store4(float* p, float4 v) { __stcs(reinterpret_
 
 // ---- packed codes ----
 
-// 32 bits of a stream of `words` that begin at bit `at`. Of them `needed` are used: the second word is read only if it holds one.
-__device__ __forceinline__ uint32_t window(const uint32_t* words, int at, int needed) {
-  const uint32_t low = __ldg(words + at / 32);
-  const uint32_t high = at % 32 + needed > 32 ? __ldg(words + at / 32 + 1) : 0;
-  return __funnelshift_r(low, high, at % 32);
+// 32 bits of a stream of words, from bit `shift` < 32 on. Of them `needed` are used: the second word is read only if it holds one.
+__device__ __forceinline__ uint32_t window(const uint32_t* words, int shift, int needed) {
+  return __funnelshift_r(__ldg(words), shift + needed > 32 ? __ldg(words + 1) : 0, shift);
 }
 
 // Where bit `at` of a stream of bytes is, in words: the words hold the bytes, wherever these begin.

@@ -1,5 +1,5 @@
-// What ops.cpp calls: raw device pointers in, a cudaError out (0 is success). No torch and no CUDA types, so that ops.cpp needs no
-// CUDA headers, and the tests can call the same functions of an emulated build.
+// What ops.cpp calls: raw device pointers in, a cudaError out (0 is success). No torch and no CUDA types: ops.cpp needs no CUDA
+// headers, and the tests build it over emulated kernels.
 //
 // Lists of tensors lie in host memory and travel as kernel parameters: nothing is copied to the device and nothing waits, so
 // every function may be captured into a CUDA graph. Pointers need the alignment of their element only.

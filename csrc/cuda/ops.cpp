@@ -1,6 +1,6 @@
 // The CUDA kernels as torch operators, through torch's stable ABI. Namespace `dynfed_lightning_cuda` is private:
-// dynfed_lightning/_ops_cuda.py calls it, ops.py has checked the arguments. The checks below only keep a wrong call from touching
-// memory that is not a tensor's. No CUDA header is needed: the kernels are behind launchers.h.
+// dynfed_lightning/_ops_cuda.py calls it, ops.py has checked the arguments. The checks below only keep a wrong call from
+// touching memory that is not a tensor's. No CUDA header is needed: the kernels are behind launchers.h.
 //
 // The tests build this file with DYNFED_CUDA_EMULATED: the same operators on CPU tensors, over kernels that run on the CPU.
 #include <dlfcn.h>
@@ -102,8 +102,8 @@ void check_numbers(int64_t bits, int64_t bucket) {
 }
 
 void check_rounding(int64_t rounding, int64_t bucket) {
-  STD_TORCH_CHECK(rounding >= kRoundNearest && rounding <= kRoundEden, "Expected `rounding` to be 0, 1 or 2, but got ", rounding,
-                  ".");
+  STD_TORCH_CHECK(rounding >= kRoundNearest && rounding <= kRoundEden, "Expected `rounding` to be 0, 1 or 2, but got ",
+                  rounding, ".");
   STD_TORCH_CHECK(rounding != kRoundEden || bucket <= dynfed::kEdenBucket, "Expected `bucket` to be at most ",
                   dynfed::kEdenBucket, " with EDEN's rounding, but got ", bucket, ".");
 }
@@ -180,8 +180,9 @@ Member member(const std::vector<Tensor>& tensors, const Table& table, int64_t ro
 }
 
 void check_members(const std::vector<Tensor>& tensors, const Table& table) {
-  STD_TORCH_CHECK(tensors.size() == 1 || int64_t(tensors.size()) == table.rows(), "Expected one tensor, or one for each of the ",
-                  table.rows(), " rows of the table, but got ", tensors.size(), ".");
+  STD_TORCH_CHECK(tensors.size() == 1 || int64_t(tensors.size()) == table.rows(),
+                  "Expected one tensor, or one for each of the ", table.rows(), " rows of the table, but got ", tensors.size(),
+                  ".");
 }
 
 // ---- the operators ----
@@ -217,7 +218,8 @@ void quantize_pack(const Tensor& x, const Tensor& packed, const Tensor& scales, 
   check_tensor("scales", scales, ScalarType::Float, x);
   check_size("packed", packed.numel(), packed_size(x.numel(), bits));
   check_size("scales", scales.numel(), ceil_div(x.numel(), bucket));
-  const QuantizeRow row{x.const_data_ptr(), bytes(packed), floats(scales), x.numel(), uint64_t(offset), bucket, type, int(bits)};
+  const QuantizeRow row{x.const_data_ptr(), bytes(packed), floats(scales), x.numel(),
+                        uint64_t(offset),   bucket,        type,           int32_t(bits)};
   const DeviceScope scope(x);
   check_cuda(dynfed_cuda_quantize(&row, 1, uint64_t(seed), int(rounding), scope.stream), "quantize_pack");
 }
@@ -272,12 +274,13 @@ void quantize_pack_table(std::vector<Tensor> x, const Tensor& table, const Tenso
                     int32_t(rows.get(r, dynfed::kTableBits))});
   }
   const DeviceScope scope(packed);
-  check_cuda(dynfed_cuda_quantize(list.data(), rows.rows(), uint64_t(seed), int(rounding), scope.stream), "quantize_pack_table");
+  check_cuda(dynfed_cuda_quantize(list.data(), rows.rows(), uint64_t(seed), int(rounding), scope.stream),
+             "quantize_pack_table");
 }
 
 Payload payload_of_row(const Table& table, int64_t row, const Tensor& packed, const Tensor& scales, double weight) {
-  return {const_bytes(packed) + table.packed_at(row, packed), const_floats(scales) + table.scales_at(row, scales), float(weight),
-          int32_t(table.get(row, dynfed::kTableBits))};
+  return {const_bytes(packed) + table.packed_at(row, packed), const_floats(scales) + table.scales_at(row, scales),
+          float(weight), int32_t(table.get(row, dynfed::kTableBits))};
 }
 
 void unpack_dequantize_table(std::vector<Tensor> out, const Tensor& packed, const Tensor& scales, const Tensor& table) {

@@ -8,8 +8,8 @@ constexpr int kGroup = 8;                    // values of a thread that lie side
 constexpr int kStepValues = kWarp * kGroup;  // values of a warp in one step
 constexpr int kTileSteps = 4;                // of a warp at once; a bucket that needs more is read twice, by a thread block
 
-// The codes of one bucket, Steps groups of them in each of `span` neighbouring lanes, and its scale. `index`: the global index of
-// this lane's first value; `count`: how many values the bucket has, the others being zero.
+// The codes of one bucket, Steps groups of them in each of `span` neighbouring lanes, and its scale. `index`: the global index
+// of this lane's first value; `count`: how many values the bucket has, the others being zero.
 template <int B, int R, int Steps>
 __device__ __forceinline__ float encode(float (&v)[Steps][kGroup], int span, int count, uint64_t seed, uint64_t index,
                                         uint64_t (&joined)[Steps]) {
@@ -221,7 +221,7 @@ __device__ void quantize_bucket(const QuantizeItem& item, uint64_t seed, int64_t
 }
 
 template <int R>
-__global__ void __launch_bounds__(kThreads) quantize_long(const __grid_constant__ QuantizeList list) {
+__global__ void __launch_bounds__(kThreads, 4) quantize_long(const __grid_constant__ QuantizeList list) {
   for (int64_t unit = blockIdx.x; unit < list.units; unit += gridDim.x) {
     const int row = row_of(list.item, list.count, unit);
     quantize_bucket<R>(list.item[row], list.seed, unit_within(list.item, row, unit));

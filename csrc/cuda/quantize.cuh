@@ -1,5 +1,5 @@
-// The pieces of quantisation: eight neighbouring values in, eight codes out. One thread holds all eight of a Philox block, so that
-// each block is computed once.
+// The pieces of quantisation: eight neighbouring values in, eight codes out. One thread holds all eight values of a Philox
+// block, so that each block is computed once.
 #pragma once
 #include "../core/eden.h"
 #include "../core/philox.h"

@@ -1,5 +1,5 @@
-// The randomised Hadamard transform, in place: a thread block transforms 8192 neighbouring values, in registers, by shuffles, and
-// with one exchange through shared memory. Shorter transforms skip the last levels.
+// The randomised Hadamard transform, in place: a thread block transforms 8192 neighbouring values, in registers, by shuffles,
+// and with one exchange through shared memory. Shorter transforms skip the last levels.
 //
 // Pairs are added level by level, at distance 1, 2, 4, .. 4096, as the reference does. Bit by bit, the position of a value is
 //   before the exchange:  warp (3)   vector (3)  lane (5)  place in the vector (2)
@@ -79,7 +79,9 @@ __device__ __forceinline__ void levels_within_run(Values& v, int size) {
 }
 
 // Where vector k of this warp begins in the chunk.
-__device__ __forceinline__ int run_of(int k, bool exchanged) { return exchanged ? k * kWarps + warp_id() : warp_id() * kVectors + k; }
+__device__ __forceinline__ int run_of(int k, bool exchanged) {
+  return exchanged ? k * kWarps + warp_id() : warp_id() * kVectors + k;
+}
 
 // Flips signs. Each lane computes one word of the eight Philox blocks that the warp needs.
 __device__ __forceinline__ void flip(Values& v, const RotateItem& item, uint64_t seed, int64_t begin, uint32_t pass,

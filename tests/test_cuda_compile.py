@@ -1,0 +1,139 @@
+"""What nvcc makes of the CUDA kernels, without a GPU: registers, no spills, no stack frame, wide loads and stores, no doubles."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+CUDA = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
+SOURCES = ("quantize", "dequantize", "pack", "rotate")
+# Registers a thread, by kernel; a thread block has 256 threads, a multiprocessor 65536 registers.
+REGISTERS = {
+    r"quantize_tiles<\d, [01], \d>": 64,
+    r"quantize_tiles<\d, 2, \d>": 128,
+    r"quantize_long<\d>": 64,
+    r"dequantize_tiles<\(bool\)\d>": 64,
+    r"(un)?pack_tiles<\d>": 40,
+    r"rotate_chunks": 80,
+}
+# Kernels and the accesses of 16 bytes that each must have: loads, stores.
+VECTORS = {
+    r"quantize_tiles<\d, \d, \d>": (8, 1),
+    r"dequantize_tiles<\(bool\)0>": (0, 4),
+    r"dequantize_tiles<\(bool\)1>": (4, 4),
+    r"pack_tiles<\d>": (1, 1),
+    r"unpack_tiles<\d>": (0, 1),
+    r"rotate_chunks": (8, 8),
+}
+KERNELS = 8 * 3 * 3 - 3 + 3 + 2 + 8 + 8 + 1  # one bit has no stochastic rounding; three for long buckets
+
+ARCHITECTURES = [pytest.param("80", marks=pytest.mark.slow), "90a"]
+
+
+def tool(name: str) -> str | None:
+    """A CUDA tool: on the path, in a usual place, or in triton's wheel."""
+    folders = [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    try:
+        import triton
+
+        folders.append(str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin"))
+    except ImportError:
+        pass
+    return shutil.which(name, path=os.pathsep.join(folders))
+
+
+NVCC, CUOBJDUMP, CUFILT = tool("nvcc"), tool("cuobjdump"), shutil.which("c++filt")
+
+pytestmark = [
+    pytest.mark.skipif(NVCC is None, reason="needs nvcc"),
+    pytest.mark.skipif(CUOBJDUMP is None or CUFILT is None, reason="needs cuobjdump and c++filt"),
+]
+
+
+@dataclass
+class Kernel:
+    name: str  # without namespaces and parameters
+    registers: int
+    stack: int
+    local: int
+    instructions: list[str]
+
+    def count(self, pattern: str) -> int:
+        return sum(re.match(pattern, i) is not None for i in self.instructions)
+
+
+def run(*command: str | None) -> str:
+    done = subprocess.run([c or "" for c in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def plain(symbol: str) -> str:
+    """``quantize_tiles<4, 1, 2>`` of a mangled name; numbers and truth values without their types' casts."""
+    name = run(CUFILT, symbol).replace("(anonymous namespace)::", "")
+    found = re.search(r"dynfed::cuda::(?:[\w]+::)?(\w+(?:<[^>]*>)?)\(", name)
+    assert found is not None, name
+    return found[1].replace("(int)", "").replace("<false>", "<(bool)0>").replace("<true>", "<(bool)1>")
+
+
+@pytest.fixture(scope="session", params=ARCHITECTURES)
+def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
+    """All kernels compiled for one architecture, with the flags of setup.py."""
+    folder, found = tmp_path_factory.mktemp(f"sm_{request.param}"), []
+    for source in SOURCES:
+        cubin = str(folder / f"{source}.cubin")
+        target = f"-gencode=arch=compute_{request.param},code=sm_{request.param}"
+        run(NVCC, "-O3", "-std=c++17", "--fmad=false", target, "-cubin", str(CUDA / f"{source}.cu"), "-o", cubin)
+        usage = run(CUOBJDUMP, "-res-usage", cubin)
+        resources = {m[1]: m[2] for m in re.finditer(r"Function (\S+):\s+(REG:.*)", usage)}
+        for part in run(CUOBJDUMP, "-sass", cubin).split("Function : ")[1:]:
+            symbol = part.split()[0]
+            code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*?);", part, re.MULTILINE)
+            numbers = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", resources[symbol])}
+            found.append(Kernel(plain(symbol), numbers["REG"], numbers["STACK"], numbers["LOCAL"], code))
+    return found
+
+
+def limit(table: dict, name: str):
+    """The entry of `table` whose pattern `name` matches."""
+    return next((value for pattern, value in table.items() if re.fullmatch(pattern, name)), None)
+
+
+def test_every_kernel_stays_in_its_registers(kernels: list[Kernel]) -> None:
+    assert len(kernels) == KERNELS and len({k.name for k in kernels}) == KERNELS
+    for k in kernels:
+        bound = limit(REGISTERS, k.name)
+        assert bound is not None and k.registers <= bound, (k.name, k.registers)
+        assert k.stack == 0 and k.local == 0, (k.name, "stack", k.stack)
+        assert k.count(r"(LDL|STL)\b") == 0, (k.name, "spills")
+
+
+def test_the_kernels_read_and_write_16_bytes_at_a_time(kernels: list[Kernel]) -> None:
+    checked = 0
+    for k in kernels:
+        wanted = limit(VECTORS, k.name)
+        if wanted is None:
+            assert k.name.startswith("quantize_long"), k.name
+            continue
+        loads, stores = k.count(r"LDG\.\S*128"), k.count(r"STG\.\S*128")
+        assert loads >= wanted[0] and stores >= wanted[1], (k.name, loads, stores)
+        checked += 1
+    assert checked == KERNELS - 3
+
+
+def test_no_double_precision(kernels: list[Kernel]) -> None:
+    assert [k.name for k in kernels if k.count(r"(DADD|DMUL|DFMA|DSETP|F2F\.\S*64)")] == []
+
+
+def test_philox_multiplies_wide_and_adds_nothing(kernels: list[Kernel]) -> None:
+    """Ten rounds of two products for each of a lane's four blocks; an addition to each high half was a fifth of all."""
+    (hot,) = (k for k in kernels if k.name == "quantize_tiles<4, 1, 2>")
+    products = hot.count(r"IMAD\.WIDE\.U32")
+    assert 4 * 18 <= products <= 4 * 20 + 16
+    assert hot.count(r"(VIADD|IADD3)\b") < 110
