@@ -1,7 +1,7 @@
 """Which implementation of the low-bit operations runs: choosing a backend, and loading the compiled kernels.
 
-A backend is a module with the functions of `OPERATIONS`, as `dynfed_lightning._reference` has them: on flat contiguous tensors
-of one device, filling what they are given. To add one, write such a module and name it in `_load` and `OWNERS`.
+A backend is a module with the functions of `OPERATIONS`, as `dynfed_lightning._reference` has them: on contiguous tensors of
+one device, flat but for those in lists, filling what they are given. To add one, write such a module and name it in `_load` and `OWNERS`.
 """
 
 from __future__ import annotations

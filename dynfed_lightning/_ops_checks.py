@@ -62,13 +62,14 @@ def check_weight(value: float) -> None:
 
 
 def check_tensor(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if isinstance(value, Tensor) and value.dtype in dtypes and value.layout == torch.strided:
+        return
     allowed = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
     if not isinstance(value, Tensor):
         raise TypeError(f"Expected `{name}` to be a tensor of {allowed}, but got {type(value).__name__}.")
     if value.dtype not in dtypes:
         raise TypeError(f"Expected `{name}` to be a tensor of {allowed}, but got {value.dtype}.")
-    if value.layout != torch.strided:
-        raise TypeError(f"Expected `{name}` to be a dense tensor, but got layout {value.layout}.")
+    raise TypeError(f"Expected `{name}` to be a dense tensor, but got layout {value.layout}.")
 
 
 def check_packed(name: str, value: Tensor, n: int, bits: int) -> None:

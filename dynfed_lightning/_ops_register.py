@@ -23,6 +23,11 @@ def _flat(x: Tensor) -> Tensor:
     return x.contiguous().reshape(-1)
 
 
+def _contiguous(tensors: list[Tensor]) -> list[Tensor]:
+    """For lists, of any shape: a view of each of hundreds of tensors would take longer than their quantisation."""
+    return [t if t.is_contiguous() else t.contiguous() for t in tensors]
+
+
 def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the decorated kernel under `schema`; `fake` gives the shapes of what it returns."""
     name = schema.split("(")[0]
@@ -158,7 +163,7 @@ def _quantize_pack_table_out(
     x: list[Tensor], table: Tensor, seed: int, rounding: int, packed: Tensor, scales: Tensor
 ) -> None:
     backend = choose("quantize_pack_table", packed.device)
-    backend.quantize_pack_table([_flat(t) for t in x], table, seed, rounding, packed.view(-1), scales.view(-1))
+    backend.quantize_pack_table(_contiguous(x), table, seed, rounding, packed.view(-1), scales.view(-1))
 
 
 @_operator(
@@ -177,7 +182,7 @@ def _quantize_pack_table(
 @_operator("unpack_dequantize_table_out(Tensor packed, Tensor scales, Tensor table, Tensor(a!)[] out) -> ()", _nothing)
 def _unpack_dequantize_table_out(packed: Tensor, scales: Tensor, table: Tensor, out: list[Tensor]) -> None:
     backend = choose("unpack_dequantize_table", packed.device)
-    backend.unpack_dequantize_table(_flat(packed), _flat(scales), table, [t.view(-1) for t in out])
+    backend.unpack_dequantize_table(_flat(packed), _flat(scales), table, out)
 
 
 @_operator(

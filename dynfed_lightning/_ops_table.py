@@ -203,13 +203,14 @@ def _table_tensors(
         check_tensor(name, tensor, dtypes)
     if (sizes := tuple(t.numel() for t in tensors)) != layout.sizes:
         raise ValueError(f"Expected `{name}` to be tensors of the table's sizes {layout.sizes}, but got {sizes}.")
-    for tensor in tensors:
-        check_device(name, tensor, f"{name}[0]", tensors[0])
+    if len({t.device for t in tensors}) > 1:
+        for tensor in tensors:
+            check_device(name, tensor, f"{name}[0]", tensors[0])
     table = layout.table
     if len(tensors) == 1 and layout.starts[0]:  # to the operators a list of one is a flat vector
         table = table.clone()
         table[0, 0] = 0
-    return [t.detach() for t in tensors], table
+    return [t.detach() if t.requires_grad else t for t in tensors], table
 
 
 def _check_arenas(packed: Tensor, scales: Tensor, layout: Layout) -> None:

@@ -8,7 +8,7 @@ Randomness: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1
 quantiser of QSGD (Alistarh et al., NeurIPS 2017, eq. 3) with the bucket's absolute maximum for its norm.
 
 The functions without an underscore that fill tensors they are given are what every backend has (`_ops_backends`). All tensors
-are flat and contiguous; `dynfed_lightning.ops` has checked every argument.
+are contiguous, and flat but for those in lists; `dynfed_lightning.ops` has checked every argument.
 """
 
 from __future__ import annotations
@@ -226,8 +226,8 @@ def rows(table: Tensor) -> list[Row]:
 def members(tensors: Sequence[Tensor], table: Tensor) -> list[Tensor]:
     """Each row's tensor: `tensors` themselves, or the pieces of the one flat vector in it."""
     if len(tensors) != 1:
-        return list(tensors)
-    return [tensors[0][r.start :][: r.length] for r in rows(table)]
+        return [t.view(-1) for t in tensors]
+    return [tensors[0].view(-1)[r.start :][: r.length] for r in rows(table)]
 
 
 def quantize_pack_table(

@@ -67,7 +67,7 @@ def unpack_dequantize_table(packed: Tensor, scales: Tensor, table: Tensor, out: 
         return
     flat = packed.new_empty(joined_length(table, out), dtype=torch.float32)
     _fill(packed, scales, table, flat, True)
-    torch._foreach_copy_(list(out), list(flat.split([t.numel() for t in out])))
+    torch._foreach_copy_([t.view(-1) for t in out], list(flat.split([t.numel() for t in out])))
 
 
 def _fill(packed: Tensor, scales: Tensor, table: Tensor, flat: Tensor, join: bool) -> None:
