@@ -88,24 +88,41 @@ def comparison(path: Path, last: int, baseline: str | None = "FedAvg") -> Compar
 
 
 def kernels_table(path: Path, n: int = 1 << 24) -> str:
-    """The 4-bit rows of ``kernels-cpu.csv`` at `n` values: what was measured, against whom, in one run."""
+    """The rows of ``kernels-cpu.csv`` that a reader compares first, at `n` values: what was measured, against whom, in one run."""
     with open(path, newline="", encoding="utf-8") as file:
-        rows = [r for r in csv.DictReader(file) if int(r["n"]) == n and r["bits"] in ("4", "32")]
+        rows = [r for r in csv.DictReader(file) if r["runs"] not in ("", "0") and r["n"] == str(n)]
+    skipped = ("kernel", "compiled", "ops, one by one")  # in the CSV and its report
+    chosen = [r for r in rows if r["section"] in ("main", "accumulate") and r["implementation"] not in skipped]
     found: dict[str, list[dict[str, str]]] = {}
-    for r in rows:
-        label = r["operation"] + (f", {r['clients']} clients" if r["clients"] != "1" else "")
-        found.setdefault(label, []).append(r)
-    lines = ["| operation, 4 bits, 16 M values | implementation | ms (p50) | billion values/s |", "|---|---|--:|--:|"]
+    for r in chosen:
+        eight = r["bits"] == "8" and not r["implementation"].startswith("bitsandbytes")
+        if r["bits"] not in ("4", "8", "32", "") and r["section"] == "main" or eight or r["dtype"] != "float32":
+            continue
+        clients = f", {r['clients']} clients" if r["clients"] != "1" else ""
+        found.setdefault(r["operation"] + clients, []).append(r)
+    lines = ["| operation, 16 M values | implementation | bits | ms (p50) | billion values/s |", "|---|---|--:|--:|--:|"]
     for label, group in found.items():
-        clients = int(group[0]["clients"])
         for r in group:
-            if r["implementation"] != "kernel":  # the same without allocating its output; in the CSV
-                ms = float(r["p50_ms"])
-                lines.append(f"| {label} | {r['implementation']} | {ms:.1f} | {clients * n / ms / 1e6:.2f} |")
+            ms, speed = float(r["p50_ms"]), float(r["gcodes_per_s"])
+            bits = "2-6" if r["section"] == "accumulate" else r["bits"]
+            lines.append(f"| {label} | {r['implementation']} | {bits} | {ms:.2f} | {speed:.2f} |")
     first = rows[0]
     where = f"{first['cpu']}, {first['threads']} threads, `{first['backend']}`, torch {first['torch']}"
-    note = f"{where}; all widths and sizes in `benchmarks/results/{path.name}`."
+    note = f"{where}; all widths, sizes and targets: `benchmarks/results/{path.name}` and `{path.stem}.md`."
     return "\n".join([*lines, "", note])
+
+
+def rotation_table(path: Path) -> str:
+    """Relative errors of ``rotation.csv`` for the update of a model: a row for each way of rounding, a column for each width."""
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = [r for r in csv.DictReader(file) if r["vector"].startswith("update") and r["method"] != "eden"]
+    widths = sorted({int(r["bits"]) for r in rows})
+    cells = {(r["method"], int(r["bits"])): float(r["error"]) for r in rows}
+    head = " | ".join(f"{b} bit{'s' if b > 1 else ''}" for b in widths)
+    lines = [f"| {rows[0]['vector']}: relative squared error | {head} |", "|---|" + "--:|" * len(widths)]
+    for method in dict.fromkeys(r["method"] for r in rows):
+        lines.append(f"| {method} | {' | '.join(f'{cells[method, b]:.3g}' for b in widths)} |")
+    return "\n".join(lines)
 
 
 def fill_readme(text: str) -> str:
@@ -113,8 +130,12 @@ def fill_readme(text: str) -> str:
 
     def block(match: re.Match[str]) -> str:
         name = match.group(1)
-        csv_path = RESULTS / ("kernels-cpu.csv" if name == "kernels" else f"{name}.csv")
-        body = kernels_table(csv_path) if name == "kernels" else comparison(csv_path, last=1).markdown()
+        if name == "kernels":
+            body = kernels_table(RESULTS / "kernels-cpu.csv")
+        elif name == "rotation":
+            body = rotation_table(RESULTS / "rotation.csv")
+        else:
+            body = comparison(RESULTS / f"{name}.csv", last=1).markdown()
         return f"<!-- results:{name} -->\n{body}\n<!-- /results -->"
 
     return re.sub(r"<!-- results:([\w.-]+) -->.*?<!-- /results -->", block, text, flags=re.DOTALL)
