@@ -18,7 +18,7 @@ REGISTERS = {
     r"quantize_tiles<\d, [01], \d>": 64,
     r"quantize_tiles<\d, 2, \d>": 128,
     r"quantize_long<\d>": 64,
-    r"dequantize_tiles<\(bool\)\d>": 64,
+    r"dequantize_tiles<\(bool\)\d>": 48,
     r"(un)?pack_tiles<\d>": 40,
     r"rotate_chunks": 80,
 }

@@ -114,7 +114,7 @@ __device__ __forceinline__ void end_of_row(const OutputItem& item, const Payload
 }
 
 template <bool Add>
-__global__ void __launch_bounds__(kThreads, 4) dequantize_tiles(const __grid_constant__ OutputList list) {
+__global__ void __launch_bounds__(kThreads, 5) dequantize_tiles(const __grid_constant__ OutputList list) {
   const int64_t unit = warp_in_grid();
   if (unit >= list.units) return;
   const int row = row_of(list.item, list.count, unit);

@@ -62,7 +62,7 @@ __device__ __forceinline__ void store4(float* p, float4 v) { __stcs(reinterpret_
 
 // ---- packed codes ----
 
-// 32 bits of a stream of words, from bit `shift` < 32 on. Of them `needed` are used: the second word is read only if it holds one.
+// 32 bits of a stream of words, from bit `shift` < 32 on. `needed` of them are used: only then is the second word read.
 __device__ __forceinline__ uint32_t window(const uint32_t* words, int shift, int needed) {
   return __funnelshift_r(__ldg(words), shift + needed > 32 ? __ldg(words + 1) : 0, shift);
 }

@@ -1,6 +1,6 @@
 // Runs CUDA kernels on the CPU, one fiber per CUDA thread and one block after the other, for the tests: g++ finds this file in
-// the place of NVIDIA's and compiles the very .cu files that nvcc does. It finds wrong indices, tails and alignments, and barriers
-// that not all threads reach. It finds no data races and says nothing about speed.
+// the place of NVIDIA's and compiles the very .cu files that nvcc does. It finds wrong indices, tails and alignments, and
+// barriers that not all threads reach. It finds no data races and says nothing about speed.
 #pragma once
 #include <csetjmp>
 #include <cmath>
