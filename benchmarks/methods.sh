@@ -23,6 +23,8 @@ compare mnist-0.1 mnist "$main $ablation fedprox scaffold centralised"
 compare mnist-0.05 mnist "$main" --data.partitioner.alpha 0.05 --trainer.max_epochs 8 --local.max_steps 100
 compare digits digits "$main fedprox scaffold feddf centralised local"
 
+compare rotation digits "fedavg fedpaq1 eden1 fedpaq2 eden2"
+
 collect() { # RUNS NAME TITLE METHOD...
   local folder=$1 name=$2 title=$3
   shift 3
@@ -38,4 +40,6 @@ collect mnist-0.1 ablation "MNIST, Dirichlet 0.1: what each part brings" FedAvg 
   "random bits, no teachers" "DynFed bits, no teachers" "DynFed bits by loss, no teachers" DynFed "DynFed (competence)" \
   "DynFed (mean)" FedDF "DynFed (variance)" "DynFed (entropy)" "DynFed (top_loss)" "DynFed (random teachers)" \
   "DynFed (active, as printed)" FedProx SCAFFOLD Centralised
+collect rotation rotation-digits "Digits, Dirichlet 0.3: 1 and 2 bits, with and without rotation" FedAvg FedPAQ-1 "Rotate + EDEN-1" FedPAQ-2 \
+  "Rotate + EDEN-2"
 "$python" benchmarks/collect.py --readme
