@@ -28,6 +28,7 @@ using dynfed::Kernels;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+constexpr int64_t kCacheBytes = 32 << 20;      // an output of this size is in no cache when it is read
 constexpr int64_t kElementsPerThread = 32768;  // about 10 us of work; less is not worth waking a thread
 
 int64_t best_isa() {
@@ -174,6 +175,7 @@ class Line {
     length_ += ceil_div(n, kBlock) * kBlock;
     return before;
   }
+  int64_t length() const { return length_; }
   // Shares [0, length) between torch's threads.
   template <class F>
   void run(const F& f) const {
@@ -212,7 +214,8 @@ void unpack(const Tensor& packed, const Tensor& codes, int64_t bits, int64_t isa
   auto* out = output<uint8_t>(codes);
   Line line;
   line.add(n);
-  line.run([&](int64_t begin, int64_t end) { k.unpack(in, out, int(bits), n, begin, std::min(end, n)); });
+  const bool stream = n >= kCacheBytes;
+  line.run([&](int64_t begin, int64_t end) { k.unpack(in, out, int(bits), n, stream, begin, std::min(end, n)); });
 }
 
 void quantize_pack(const Tensor& x, const Tensor& packed, const Tensor& scales, int64_t bits, int64_t bucket, int64_t seed,
@@ -254,7 +257,7 @@ void unpack_dequantize(const Tensor& packed, const Tensor& scales, const Tensor&
   const Kernels& k = kernels(isa);
   Line line;
   const dynfed::DequantizeItem item{line.add(n), n, bucket, output<float>(out), one.data()};
-  const dynfed::DequantizeArgs args{&item, 1, nullptr, 1};
+  const dynfed::DequantizeArgs args{&item, 1, nullptr, 1, n >= kCacheBytes / 4};
   line.run([&](int64_t begin, int64_t end) { k.dequantize(args, begin, end); });
 }
 
@@ -271,7 +274,7 @@ void accumulate(const Tensor& out, std::vector<Tensor> packed, std::vector<Tenso
   const Kernels& k = kernels(isa);
   Line line;
   const dynfed::DequantizeItem item{line.add(n), n, bucket, static_cast<float*>(out.mutable_data_ptr()), clients.data()};
-  const dynfed::DequantizeArgs args{&item, 1, factors.data(), int64_t(clients.size())};
+  const dynfed::DequantizeArgs args{&item, 1, factors.data(), int64_t(clients.size()), false};
   line.run([&](int64_t begin, int64_t end) { k.accumulate(args, begin, end); });
 }
 
@@ -343,7 +346,7 @@ void unpack_dequantize_table(const Tensor& packed, const Tensor& scales, const T
     sources[i] = {bytes + r.packed, factors + r.scales, int(r.bits)};
     items[i] = {line.add(r.length), r.length, r.bucket, values + r.start, &sources[i]};
   });
-  const dynfed::DequantizeArgs args{items.data(), all.count, nullptr, 1};
+  const dynfed::DequantizeArgs args{items.data(), all.count, nullptr, 1, line.length() >= kCacheBytes / 4};
   line.run([&](int64_t begin, int64_t end) { k.dequantize(args, begin, end); });
 }
 
@@ -382,7 +385,7 @@ void accumulate_table(const Tensor& out, std::vector<Tensor> packed, std::vector
     }
   }
   const auto factors = floats(weights);
-  const dynfed::DequantizeArgs args{items.data(), first.count, factors.data(), clients};
+  const dynfed::DequantizeArgs args{items.data(), first.count, factors.data(), clients, false};
   line.run([&](int64_t begin, int64_t end) { k.accumulate(args, begin, end); });
 }
 

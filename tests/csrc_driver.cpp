@@ -26,8 +26,12 @@ using namespace dynfed;
   } while (0)
 
 template <class T>
-struct Buffer {  // exactly `n` elements on the heap, so that the address sanitizer sees one too many
-  explicit Buffer(int64_t n) : n(n), data(static_cast<T*>(std::malloc(n * sizeof(T)))) {}
+struct Buffer {  // exactly `n` elements on the heap, so that the address sanitizer sees one too many; aligned as torch's
+  explicit Buffer(int64_t n) : n(n), data(nullptr) {
+    void* memory = nullptr;
+    CHECK(posix_memalign(&memory, 64, n * sizeof(T)) == 0);
+    data = static_cast<T*>(memory);
+  }
   ~Buffer() { std::free(data); }
   Buffer(const Buffer&) = delete;
   bool operator==(const Buffer& o) const { return n == o.n && std::memcmp(data, o.data, n * sizeof(T)) == 0; }
@@ -131,7 +135,7 @@ struct Call {
     std::vector<DequantizeItem> items;
     for (const Row& r : starts) items.push_back({r.before, r.n, bucket, out->data + r.value, &payloads[2 * items.size()]});
     const float weights[2] = {0.7f, -1.3f};
-    const DequantizeArgs args{items.data(), int64_t(items.size()), weights, 2};
+    const DequantizeArgs args{items.data(), int64_t(items.size()), weights, 2, cases % 2 == 0};
     in_ranges([&](int64_t begin, int64_t end) { k.dequantize(args, begin, end); });
     in_ranges([&](int64_t begin, int64_t end) { k.accumulate(args, begin, end); });
   }
@@ -178,8 +182,8 @@ void packing(const Kernels& k, int64_t n, int bits) {
   kScalarKernels.pack(codes.data, packed.data, bits, 0, n);
   CHECK((k.pack(codes.data, packed2.data, bits, split, n) | k.pack(codes.data, packed2.data, bits, 0, split)) < (1u << bits));
   CHECK(packed == packed2);
-  k.unpack(packed.data, codes2.data, bits, n, split, n);
-  k.unpack(packed.data, codes2.data, bits, n, 0, split);
+  k.unpack(packed.data, codes2.data, bits, n, cases % 2 == 0, split, n);
+  k.unpack(packed.data, codes2.data, bits, n, cases % 2 == 0, 0, split);
   CHECK(codes == codes2);
   for (int64_t i = 0; i < n; ++i) codes.data[i] = uint8_t(next());  // too large: seen, and nothing else is touched
   unsigned all = 0;

@@ -26,6 +26,10 @@ struct Avx2 {
     store32(p, c.part[0]);
     store32(p + 32, c.part[1]);
   }
+  static void stream(uint8_t* p, const Codes& c) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), c.part[0]);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p + 32), c.part[1]);
+  }
   static void merge(Codes& all, const Codes& c) {
     for (int h = 0; h < 2; ++h) all.part[h] = _mm256_or_si256(all.part[h], c.part[h]);
   }
@@ -231,6 +235,11 @@ struct Avx2 {
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) _mm256_storeu_ps(p + 8 * j, v.part[j]);
   }
+  static void stream_values(float* p, const Values& v) {
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) _mm256_stream_ps(p + 8 * j, v.part[j]);
+  }
+  static void fence() { _mm_sfence(); }
   template <int B>
   static Values scale64(const uint8_t* in, float factor) {
     Values v;

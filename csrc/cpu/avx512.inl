@@ -8,6 +8,7 @@ struct Avx512 {
 
   static Codes load(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static void store(uint8_t* p, Codes c) { _mm512_storeu_si512(p, c); }
+  static void stream(uint8_t* p, Codes c) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), c); }
   static void merge(Codes& all, Codes c) { all = _mm512_or_si512(all, c); }
 
   // Eight Philox blocks at once, a counter word in the low half of each 64-bit lane: the multiplier reads nothing else, so the
@@ -193,6 +194,11 @@ struct Avx512 {
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) _mm512_storeu_ps(p + 16 * j, v.part[j]);
   }
+  static void stream_values(float* p, const Values& v) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) _mm512_stream_ps(p + 16 * j, v.part[j]);
+  }
+  static void fence() { _mm_sfence(); }
   template <int B>
   static Values scale64(const uint8_t* in, float factor) {
     Values v;

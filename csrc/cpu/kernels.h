@@ -53,6 +53,7 @@ struct DequantizeArgs {
   int64_t count;
   const float* weights;  // one per client
   int64_t clients;
+  bool stream;  // dequantise past the caches: `out` is larger than they are
 };
 
 struct RotateItem {
@@ -73,7 +74,7 @@ struct RotateArgs {  // a block belongs to the range that holds its first elemen
 struct Kernels {
   // Returns the bitwise or of the codes in [begin, end): too large a code shows as a high bit.
   unsigned (*pack)(const uint8_t* codes, uint8_t* packed, int bits, int64_t begin, int64_t end);
-  void (*unpack)(const uint8_t* packed, uint8_t* codes, int bits, int64_t n, int64_t begin, int64_t end);
+  void (*unpack)(const uint8_t* packed, uint8_t* codes, int bits, int64_t n, bool stream, int64_t begin, int64_t end);
   void (*quantize)(const QuantizeArgs& args, int64_t begin, int64_t end);
   void (*dequantize)(const DequantizeArgs& args, int64_t begin, int64_t end);  // the first payload of each item, unweighted
   void (*accumulate)(const DequantizeArgs& args, int64_t begin, int64_t end);

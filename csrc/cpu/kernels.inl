@@ -1,6 +1,7 @@
 // The kernels, written once over an instruction set `Isa` (scalar.cpp, avx2.cpp, avx512.cpp), which handles 64 elements:
 //   Codes                                        64 bytes, a code each
 //   load(p), store(p, Codes), merge(all, Codes)  to and from memory; bitwise or
+//   stream(p, Codes), stream_values(p, Values), fence()   stores past the caches to aligned memory; orders them before what follows
 //   noise<n>(seed, group, pass, out)             n 16-bit words of Philox, counters (group, group + 1, ..; pass; 0)
 //   maximum64(Maximum, x), reduce(Maximum)       the largest magnitude
 //   quantize64<B, noisy>(x, inverse, noise) -> Codes   see core/quantize.h; to nearest if not noisy
@@ -72,14 +73,19 @@ inline const uint8_t* guarded(const uint8_t* in, const uint8_t* in_end, int64_t 
   return bytes;
 }
 
+// Stores that bypass the caches want whole lines.
+inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; }
+
 template <class Isa, int B>
-void unpack_range(const uint8_t* packed, uint8_t* codes, int64_t n, int64_t begin, int64_t end) {
+void unpack_range(const uint8_t* packed, uint8_t* codes, int64_t n, bool stream, int64_t begin, int64_t end) {
   const uint8_t* const in_end = packed + (n * B + 7) / 8;
   for (int64_t i = begin; i < end; i += kBlock) {
     const int64_t count = end - i < kBlock ? end - i : kBlock;
     alignas(64) uint8_t bytes[kBlock + 16];
     const auto block = Isa::template unpack64<B>(guarded<B>(packed + i / 8 * B, in_end, count, bytes));
-    if (count == kBlock) {
+    if (count == kBlock && stream) {
+      Isa::stream(codes + i, block);
+    } else if (count == kBlock) {
       Isa::store(codes + i, block);
     } else {
       alignas(64) uint8_t padded[kBlock];
@@ -101,7 +107,7 @@ inline void for_buckets(int64_t bucket, int64_t from, int64_t to, const F& f) {
 
 // Values of elements [from, to) of an item into `out`; from is a multiple of 8.
 template <class Isa, int B>
-void dequantize_range(const DequantizeItem& a, int64_t from, int64_t to) {
+void dequantize_range(const DequantizeItem& a, bool stream, int64_t from, int64_t to) {
   const Payload& p = a.payloads[0];
   const uint8_t* const in_end = p.packed + (a.n * B + 7) / 8;
   for_buckets(a.bucket, from, to, [&](int64_t k, int64_t i, int64_t stop) {
@@ -110,7 +116,9 @@ void dequantize_range(const DequantizeItem& a, int64_t from, int64_t to) {
       const int64_t count = stop - i < kBlock ? stop - i : kBlock;
       alignas(64) uint8_t bytes[kBlock + 16];
       const auto values = Isa::template scale64<B>(guarded<B>(p.packed + i / 8 * B, in_end, count, bytes), factor);
-      if (count == kBlock) {
+      if (count == kBlock && stream) {
+        Isa::stream_values(a.out + i, values);
+      } else if (count == kBlock) {
         Isa::store_values(a.out + i, values);
       } else {
         alignas(64) float padded[kBlock];
@@ -197,8 +205,9 @@ struct Table {
     DYNFED_FOR_BITS(bits, (pack_range<Isa, B>(codes, packed, begin, end, seen)))
     return seen;
   }
-  static void unpack(const uint8_t* packed, uint8_t* codes, int bits, int64_t n, int64_t begin, int64_t end) {
-    DYNFED_FOR_BITS(bits, (unpack_range<Isa, B>(packed, codes, n, begin, end)))
+  static void unpack(const uint8_t* packed, uint8_t* codes, int bits, int64_t n, bool stream, int64_t begin, int64_t end) {
+    DYNFED_FOR_BITS(bits, (unpack_range<Isa, B>(packed, codes, n, stream && is_aligned(codes), begin, end)))
+    if (stream) Isa::fence();
   }
   static void quantize(const QuantizeArgs& a, int64_t begin, int64_t end) {
     Noise<Isa> noise(a.seed);
@@ -213,8 +222,10 @@ struct Table {
   }
   static void dequantize(const DequantizeArgs& a, int64_t begin, int64_t end) {
     for_items(a.items, a.count, begin, end, [&](const DequantizeItem& item, int64_t from, int64_t to) {
-      DYNFED_FOR_BITS(item.payloads[0].bits, (dequantize_range<Isa, B>(item, from, to)))
+      const bool stream = a.stream && is_aligned(item.out) && item.bucket % kBlock == 0;  // every block of it is then aligned
+      DYNFED_FOR_BITS(item.payloads[0].bits, (dequantize_range<Isa, B>(item, stream, from, to)))
     });
+    if (a.stream) Isa::fence();
   }
   static void accumulate(const DequantizeArgs& a, int64_t begin, int64_t end) {
     for_items(a.items, a.count, begin, end, [&](const DequantizeItem& item, int64_t from, int64_t to) {

@@ -27,6 +27,7 @@ struct Scalar {
     return c;
   }
   static void store(uint8_t* p, const Codes& c) { memcpy(p, c.code, 64); }
+  static void stream(uint8_t* p, const Codes& c) { store(p, c); }  // plain C++ has no such store
   static void merge(Codes& all, const Codes& c) {
     for (int i = 0; i < 64; ++i) all.code[i] |= c.code[i];
   }
@@ -115,6 +116,8 @@ struct Scalar {
     return v;
   }
   static void store_values(float* p, const Values& v) { memcpy(p, v.value, sizeof(v.value)); }
+  static void stream_values(float* p, const Values& v) { store_values(p, v); }
+  static void fence() {}
   template <int B>
   static Values scale64(const uint8_t* in, float factor) {
     const Codes c = unpack64<B>(in);
