@@ -81,29 +81,24 @@ def store_groups(packed, group, keep, low, high, count, whole, BITS: tl.constexp
         WORDS: `packed` is aligned to the word of BITS bytes that a group makes (of 1, 2, 4 or 8 bytes).
     """
     word = (high.to(tl.uint64) << (4 * BITS)) | low.to(tl.uint64)
-    if WORDS and (BITS == 1 or BITS == 2 or BITS == 4 or BITS == 8):
-        if whole:
-            if BITS == 1:
-                tl.store(packed + group, word.to(tl.uint8), mask=keep)
-            elif BITS == 2:
-                tl.store(packed.to(tl.pointer_type(tl.uint16)) + group, word.to(tl.uint16), mask=keep)
-            elif BITS == 4:
-                tl.store(packed.to(tl.pointer_type(tl.uint32)) + group, word.to(tl.uint32), mask=keep)
-            else:
-                tl.store(packed.to(tl.pointer_type(tl.uint64)) + group, word, mask=keep)
+    if whole:
+        if WORDS and BITS == 1:
+            tl.store(packed + group, word.to(tl.uint8), mask=keep)
+        elif WORDS and BITS == 2:
+            tl.store(packed.to(tl.pointer_type(tl.uint16)) + group, word.to(tl.uint16), mask=keep)
+        elif WORDS and BITS == 4:
+            tl.store(packed.to(tl.pointer_type(tl.uint32)) + group, word.to(tl.uint32), mask=keep)
+        elif WORDS and BITS == 8:
+            tl.store(packed.to(tl.pointer_type(tl.uint64)) + group, word, mask=keep)
         else:
-            _store_bytes(packed, group, keep, word, count, BITS)
+            for t in tl.static_range(BITS):
+                tl.store(packed + (group * BITS + t), (word >> (8 * t)).to(tl.uint8), mask=keep)
     else:
-        _store_bytes(packed, group, keep, word, count, BITS)
-
-
-@triton.jit
-def _store_bytes(packed, group, keep, word, count, BITS: tl.constexpr):
-    for t in tl.static_range(BITS):
-        at = group * BITS + t
-        used = tl.minimum(tl.maximum(count * BITS - 8 * at, 0), 8)  # bits of this byte that belong to codes
-        byte = (word >> (8 * t)).to(tl.int32) & ((1 << used) - 1)
-        tl.store(packed + at, byte.to(tl.uint8), mask=keep & (used > 0))
+        for t in tl.static_range(BITS):
+            at = group * BITS + t
+            used = tl.minimum(tl.maximum(count * BITS - 8 * at, 0), 8)  # bits of this byte that belong to codes
+            byte = (word >> (8 * t)).to(tl.int32) & ((1 << used) - 1)
+            tl.store(packed + at, byte.to(tl.uint8), mask=keep & (used > 0))
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-def launch(kernel: Any, programs: int, on: Tensor, *args: Any, num_warps: int = 4) -> None:
+def launch(kernel: Any, programs: int, on: Tensor, *args: Any, num_warps: int = 4, maxnreg: int | None = None) -> None:
     """Run `programs` programs of `kernel` on the device of `on`.
 
     Four warps unless the caller says otherwise: at 32 values a thread, a tile of 4096.
@@ -16,7 +16,7 @@ def launch(kernel: Any, programs: int, on: Tensor, *args: Any, num_warps: int = 
         return
     device = torch.cuda.device(on.device) if on.is_cuda else nullcontext()
     with device:
-        kernel[(programs,)](*args, num_warps=num_warps, enable_fp_fusion=False)
+        kernel[(programs,)](*args, num_warps=num_warps, maxnreg=maxnreg, enable_fp_fusion=False)
 
 
 def capturing(on: Tensor) -> bool:

@@ -234,7 +234,7 @@ def test_accumulate(bits: list[int]) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("weight", [0.0, 1e-40, -3.4e38, 0.1])
+@pytest.mark.parametrize("weight", [0.0, 1e-40, -3e37, 0.1])
 def test_weights_are_rounded_to_float32(weight: float) -> None:
     packed, scales, want = stream(600, 4), torch.rand(2), torch.randn(600)
     got = want.clone()
