@@ -35,6 +35,7 @@ FLAGS = [
 ]
 
 # Each architecture's own code, and code that the driver of a newer GPU compiles. No fast mathematics, no contraction.
+CUDA_GLUE = "csrc/cuda/ops.cpp"
 CUDA_SOURCES = ["quantize", "dequantize", "pack", "rotate"]
 CUDA_FLAGS = [
     "-O3",
@@ -118,7 +119,7 @@ def add_cuda(extension: Any, folder: Path) -> None:
         extension.extra_link_args += compile_cuda(nvcc, folder)
     except (OSError, RuntimeError) as error:
         return without_cuda(str(error))
-    extension.sources.append("csrc/cuda/ops.cpp")
+    extension.sources.append(CUDA_GLUE)
 
 
 def kernels() -> dict[str, Any]:
@@ -143,8 +144,9 @@ def kernels() -> dict[str, Any]:
         """`BuildExtension` whose failure leaves the kernels out instead of failing the installation."""
 
         def run(self) -> None:
+            add_cuda(extension, Path(self.build_temp).absolute() / "cuda")
+            self.force = self.force or CUDA_GLUE in extension.sources  # a library without CUDA is older than no source
             try:
-                add_cuda(extension, Path(self.build_temp).absolute() / "cuda")
                 super().run()
             except (Exception, SystemExit) as error:
                 self.extensions: list[Any] = []  # nothing to copy into the package

@@ -6,12 +6,14 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-CUDA = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
+ROOT = Path(__file__).resolve().parent.parent
+CUDA = ROOT / "csrc" / "cuda"
 SOURCES = ("quantize", "dequantize", "pack", "rotate")
 # Registers a thread, by kernel; a thread block has 256 threads, a multiprocessor 65536 registers.
 REGISTERS = {
@@ -50,11 +52,6 @@ def tool(name: str) -> str | None:
 
 NVCC, CUOBJDUMP, CUFILT = tool("nvcc"), tool("cuobjdump"), shutil.which("c++filt")
 
-pytestmark = [
-    pytest.mark.skipif(NVCC is None, reason="needs nvcc"),
-    pytest.mark.skipif(CUOBJDUMP is None or CUFILT is None, reason="needs cuobjdump and c++filt"),
-]
-
 
 @dataclass
 class Kernel:
@@ -85,6 +82,9 @@ def plain(symbol: str) -> str:
 @pytest.fixture(scope="session", params=ARCHITECTURES)
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
     """All kernels compiled for one architecture, with the flags of setup.py."""
+    lacking = [name for name, path in (("nvcc", NVCC), ("cuobjdump", CUOBJDUMP), ("c++filt", CUFILT)) if path is None]
+    if lacking:
+        pytest.skip(f"needs {', '.join(lacking)}")
     folder, found = tmp_path_factory.mktemp(f"sm_{request.param}"), []
     for source in SOURCES:
         cubin = str(folder / f"{source}.cubin")
@@ -137,3 +137,40 @@ def test_philox_multiplies_wide_and_adds_nothing(kernels: list[Kernel]) -> None:
     products = hot.count(r"IMAD\.WIDE\.U32")
     assert 4 * 18 <= products <= 4 * 20 + 16
     assert hot.count(r"(VIADD|IADD3)\b") < 110
+
+
+# ---- setup.py: the CUDA part ----
+
+
+def build(tmp_path: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Build with a compiler that always fails, so that only the CUDA part gets anywhere."""
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+        "--build-lib",
+        tmp_path / "lib",
+        "--build-temp",
+        tmp_path / "tmp",
+    ]
+    full = {**os.environ, "DYNFED_BUILD": "", "CXX": "false", **env}
+    return subprocess.run([str(c) for c in command], cwd=ROOT, env=full, capture_output=True, text=True, check=False)
+
+
+def test_a_failure_of_nvcc_is_fatal_where_cuda_is_asked_for_and_said_in_a_line(tmp_path: Path) -> None:
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'nvcc fatal error: no luck today'\nexit 1\n")
+    nvcc.chmod(0o755)
+    done = build(tmp_path, DYNFED_CUDA="1", CUDA_HOME=str(tmp_path))
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if "the CUDA kernels cannot be built" in line]
+    assert len(said) == 1 and "no luck today" in said[0]
+
+
+def test_cuda_is_left_out_where_it_is_not_wanted_and_a_typo_is_refused(tmp_path: Path) -> None:
+    done = build(tmp_path, DYNFED_CUDA="0")
+    assert done.returncode == 0 and "CUDA" not in done.stderr and not (tmp_path / "tmp" / "cuda").exists()
+    done = build(tmp_path, DYNFED_CUDA="yes")
+    assert done.returncode != 0 and "Expected `DYNFED_CUDA` to be 0 or 1, but got 'yes'." in done.stderr

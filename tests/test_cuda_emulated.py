@@ -202,7 +202,7 @@ def same_numbers(a: Tensor, b: Tensor) -> bool:
 
 @pytest.mark.parametrize("bits", BITS)
 def test_unpack_dequantize(bits: int) -> None:
-    for n, bucket, by in itertools.product(SIZES, (8, 24, 64, 512, 520, 1024, 2**31), (0, 1, 3)):
+    for n, bucket, by in itertools.product(SIZES, (8, 24, 64, 400, 512, 800, 1024, 2**31), (0, 1, 3)):
         packed, scales = payload(n, bits, bucket, n, by)
         expected, out = torch.zeros(n), Guarded(n, torch.float32, by)
         if n:
@@ -213,7 +213,7 @@ def test_unpack_dequantize(bits: int) -> None:
 
 @pytest.mark.parametrize("clients", [0, 1, 3, 8, pytest.param(250, marks=pytest.mark.slow)])
 def test_accumulate(clients: int) -> None:
-    for n, bucket, by in itertools.product((*SIZES, 1536), (24, 512, 1032), (0, 1, 2)):
+    for n, bucket, by in itertools.product((*SIZES, 1536), (24, 400, 512, 800, 1032), (0, 1, 2)):
         bits = [1 + (c + n) % 8 for c in range(clients)]
         payloads = [payload(n, b, bucket, n + c, (by * c) % 4) for c, b in enumerate(bits)]
         packed, scales = [p for p, _ in payloads], [s for _, s in payloads]
