@@ -1,7 +1,7 @@
 // The CPU kernels as torch operators, through torch's stable ABI: one binary for torch 2.11 and every later one.
 //
-// Namespace `dynfed_lightning_cpu` is private: dynfed_lightning/_ops_cpu.py calls it, ops.py has checked the arguments. The checks
-// below only keep a wrong call from touching memory that is not the tensor's. `isa`: 0 is the best this CPU has.
+// Namespace `dynfed_lightning_cpu` is private: dynfed_lightning/_ops_cpu.py calls it, ops.py has checked the arguments. The
+// checks below only keep a wrong call from touching memory that is not the tensor's. `isa`: 0 is the best this CPU has.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -28,6 +28,7 @@ using dynfed::Kernels;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+constexpr int64_t kItemCost = 4 * kBlock;      // what a row of a table costs beside its elements, in elements
 constexpr int64_t kCacheBytes = 32 << 20;      // an output of this size is in no cache when it is read
 constexpr int64_t kElementsPerThread = 32768;  // about 10 us of work; less is not worth waking a thread
 
@@ -145,16 +146,18 @@ struct Rows {
 
 Rows rows(const Tensor& table) {
   check_buffer("table", table, ScalarType::Long);
-  STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == dynfed::kTableColumns, "Expected `table` to have ", dynfed::kTableColumns,
-                  " columns.");
+  STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == dynfed::kTableColumns, "Expected `table` to have ",
+                  dynfed::kTableColumns, " columns.");
   return {static_cast<const Row*>(table.const_data_ptr()), table.size(0)};
 }
 
 // The row's values lie within a tensor of n values; a comparison per number, none of which overflows.
 void check_values(const Row& r, int64_t n) {
-  STD_TORCH_CHECK(r.length >= 0 && r.length <= n && r.start >= 0 && r.start <= n - r.length, "Expected a row of `table` to lie within ",
-                  n, " values, but it has start ", r.start, " and length ", r.length, ".");
-  STD_TORCH_CHECK(r.offset >= 0 && r.offset % 8 == 0, "Expected a row's `offset` to be a multiple of 8, but got ", r.offset, ".");
+  STD_TORCH_CHECK(r.length >= 0 && r.length <= n && r.start >= 0 && r.start <= n - r.length,
+                  "Expected a row of `table` to lie within ", n, " values, but it has start ", r.start, " and length ",
+                  r.length, ".");
+  STD_TORCH_CHECK(r.offset >= 0 && r.offset % 8 == 0, "Expected a row's `offset` to be a multiple of 8, but got ",
+                  r.offset, ".");
 }
 
 // The row's payload lies within arenas of `bytes` bytes and `scales` scales; its length has been checked.
@@ -172,7 +175,7 @@ class Line {
  public:
   int64_t add(int64_t n) {
     const int64_t before = length_;
-    length_ += ceil_div(n, kBlock) * kBlock;
+    length_ += ceil_div(n, kBlock) * kBlock + kItemCost;
     return before;
   }
   int64_t length() const { return length_; }
@@ -228,8 +231,9 @@ void quantize_pack(const Tensor& x, const Tensor& packed, const Tensor& scales, 
   check_buffer("scales", scales, ScalarType::Float, ceil_div(in.n, bucket));
   const Kernels& k = kernels(isa);
   Line line;
-  const dynfed::QuantizeItem item{line.add(in.n), in.n,    bucket,  uint64_t(offset),        int(bits),
-                                  in.dtype,       in.data, output<uint8_t>(packed), output<float>(scales)};
+  auto* const bytes = output<uint8_t>(packed);
+  auto* const factors = output<float>(scales);
+  const dynfed::QuantizeItem item{line.add(in.n), in.n, bucket, uint64_t(offset), int(bits), in.dtype, in.data, bytes, factors};
   const dynfed::QuantizeArgs args{&item, 1, uint64_t(seed), how};
   line.run([&](int64_t begin, int64_t end) { k.quantize(args, begin, end); });
 }
@@ -250,7 +254,8 @@ std::vector<dynfed::Payload> payloads(const std::vector<Tensor>& packed, const s
   return result;
 }
 
-void unpack_dequantize(const Tensor& packed, const Tensor& scales, const Tensor& out, int64_t bits, int64_t bucket, int64_t isa) {
+void unpack_dequantize(const Tensor& packed, const Tensor& scales, const Tensor& out, int64_t bits, int64_t bucket,
+                       int64_t isa) {
   const int64_t n = out.numel();
   check_buffer("out", out, ScalarType::Float, n);
   const auto one = payloads({packed}, {scales}, {bits}, n, bucket);
@@ -287,12 +292,13 @@ void for_members(const std::vector<Tensor>& tensors, const Rows& table, const F&
     for (int64_t i = 0; i < table.count; ++i) f(tensors[0], table.data[i], i);
     return;
   }
-  STD_TORCH_CHECK(int64_t(tensors.size()) == table.count, "Expected a tensor per row of `table`, but got ", tensors.size(), " and ",
-                  table.count, " rows.");
+  STD_TORCH_CHECK(int64_t(tensors.size()) == table.count, "Expected a tensor per row of `table`, but got ",
+                  tensors.size(), " and ", table.count, " rows.");
   for (int64_t i = 0; i < table.count; ++i) {
     Row row = table.data[i];
     row.start = 0;
-    STD_TORCH_CHECK(tensors[i].numel() == row.length, "Expected a tensor of ", row.length, " values, but got ", tensors[i].numel(), ".");
+    STD_TORCH_CHECK(tensors[i].numel() == row.length, "Expected a tensor of ", row.length, " values, but got ",
+                    tensors[i].numel(), ".");
     f(tensors[i], row, i);
   }
 }
@@ -322,7 +328,8 @@ void quantize_pack_table(std::vector<Tensor> x, const Tensor& table, int64_t see
   line.run([&](int64_t begin, int64_t end) { k.quantize(args, begin, end); });
 }
 
-void unpack_dequantize_table(const Tensor& packed, const Tensor& scales, const Tensor& table, std::vector<Tensor> out, int64_t isa) {
+void unpack_dequantize_table(const Tensor& packed, const Tensor& scales, const Tensor& table, std::vector<Tensor> out,
+                             int64_t isa) {
   const Rows all = rows(table);
   check_buffer("packed", packed, ScalarType::Byte);
   check_buffer("scales", scales, ScalarType::Float);
@@ -418,7 +425,8 @@ STABLE_TORCH_LIBRARY(dynfed_lightning_cpu, m) {
         "int rounding, int isa) -> ()");
   m.def("unpack_dequantize(Tensor packed, Tensor scales, Tensor(a!) out, int bits, int bucket, int isa) -> ()");
   m.def("accumulate(Tensor(a!) out, Tensor[] packed, Tensor[] scales, int[] bits, int bucket, float[] weights, int isa) -> ()");
-  m.def("quantize_pack_table(Tensor[] x, Tensor table, int seed, int rounding, Tensor(a!) packed, Tensor(b!) scales, int isa) -> ()");
+  m.def("quantize_pack_table(Tensor[] x, Tensor table, int seed, int rounding, Tensor(a!) packed, Tensor(b!) scales, "
+        "int isa) -> ()");
   m.def("unpack_dequantize_table(Tensor packed, Tensor scales, Tensor table, Tensor(a!)[] out, int isa) -> ()");
   m.def("accumulate_table(Tensor(a!) out, Tensor[] packed, Tensor[] scales, Tensor[] tables, float[] weights, int isa) -> ()");
   m.def("rotate(Tensor(a!) x, Tensor table, int block, int seed, bool inverse, int isa) -> ()");

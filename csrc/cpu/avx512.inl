@@ -261,7 +261,9 @@ struct Avx512 {
   }
 
  private:
-  static __m512 signs(__mmask16 negative) { return _mm512_mask_blend_ps(negative, _mm512_set1_ps(1.0f), _mm512_set1_ps(-1.0f)); }
+  static __m512 signs(__mmask16 negative) {
+    return _mm512_mask_blend_ps(negative, _mm512_set1_ps(1.0f), _mm512_set1_ps(-1.0f));
+  }
   template <class T>
   static __m512i units16(const T* x, float inverse) {
     return _mm512_cvttps_epi32(_mm512_mul_ps(load16(x), _mm512_set1_ps(inverse)));

@@ -1,9 +1,9 @@
 // The CPU kernels as ops.cpp sees them: one table of functions per instruction set, chosen at run time.
 //
 // A call is about a list of items: one vector, or the rows of a table. Laid end to end, each rounded up to whole blocks of 64
-// elements, the items form a line; every function works on a range of that line, so that threads share a call by elements and
-// never by items. Ranges begin and end at multiples of 64. No function writes what another range writes, nor touches memory
-// outside the buffers.
+// elements and followed by a gap for what an item costs in itself, they form a line; every function works on a range of that
+// line, so that threads share a call by elements and never by items. Ranges begin and end at multiples of 64. No function
+// writes what another range writes, nor touches memory outside the buffers.
 #pragma once
 #include <cstdint>
 

@@ -1,7 +1,8 @@
-// The kernels, written once over an instruction set `Isa` (scalar.cpp, avx2.cpp, avx512.cpp), which handles 64 elements:
+// The kernels, written once over an instruction set `Isa` (scalar.cpp, avx2.cpp, avx512.inl), which handles 64 elements:
 //   Codes                                        64 bytes, a code each
 //   load(p), store(p, Codes), merge(all, Codes)  to and from memory; bitwise or
-//   stream(p, Codes), stream_values(p, Values), fence()   stores past the caches to aligned memory; orders them before what follows
+//   stream(p, Codes), stream_values(p, Values)   past the caches to aligned memory
+//   fence()                                      orders those stores before what follows
 //   noise<n>(seed, group, pass, out)             n 16-bit words of Philox, counters (group, group + 1, ..; pass; 0)
 //   maximum64(Maximum, x), reduce(Maximum)       the largest magnitude
 //   quantize64<B, noisy>(x, inverse, noise) -> Codes   see core/quantize.h; to nearest if not noisy
@@ -98,7 +99,7 @@ void unpack_range(const uint8_t* packed, uint8_t* codes, int64_t n, bool stream,
 // Calls f(bucket, from, to) for the part of every bucket that lies in [from, to).
 template <class F>
 inline void for_buckets(int64_t bucket, int64_t from, int64_t to, const F& f) {
-  for (int64_t k = from / bucket; from < to; ++k) {
+  for (int64_t k = from ? from / bucket : 0; from < to; ++k) {
     const int64_t stop = (k + 1) * bucket < to ? (k + 1) * bucket : to;
     f(k, from, stop);
     from = stop;
@@ -132,8 +133,8 @@ void dequantize_range(const DequantizeItem& a, bool stream, int64_t from, int64_
 // Adds kBlocks blocks of every client, whose factors are given, to `out` at element i of the item, of which `count` are wanted.
 // The sums stay in registers from client to client.
 template <class Isa, int kBlocks>
-inline void accumulate_segment(const DequantizeItem& a, const Payload* payloads, const float* factors, int64_t clients, int64_t i,
-                               int64_t count) {
+inline void accumulate_segment(const DequantizeItem& a, const Payload* payloads, const float* factors, int64_t clients,
+                               int64_t i, int64_t count) {
   alignas(64) float padded[kBlocks * kBlock];
   float* const out = count == kBlocks * kBlock ? a.out + i : padded;
   if (out == padded) memcpy(padded, a.out + i, count * sizeof(float));

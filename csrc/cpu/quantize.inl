@@ -79,20 +79,20 @@ inline void for_blocks(const T* x, int64_t count, T (&buffer)[kBlock], const F& 
 // Codes of `count` <= 64 elements to `out`, and nothing behind them; unused bits of the last byte are zero.
 template <class Isa, int B>
 __attribute__((noinline)) void pack_part(const typename Isa::Codes& codes, int64_t count, uint8_t* out) {
-  alignas(64) uint8_t bytes[kBlock + 16], clean[kBlock];
-  Isa::store(clean, codes);
-  memset(clean + count, 0, kBlock - count);
-  Isa::template pack64<B>(Isa::load(clean), bytes);
-  memcpy(out, bytes, (count * B + 7) / 8);
+  alignas(64) uint8_t bytes[kBlock + 16];
+  Isa::template pack64<B>(codes, bytes);
+  const int64_t bits = count * B;
+  if (bits & 7) bytes[bits >> 3] = uint8_t(bytes[bits >> 3] & ((1 << (bits & 7)) - 1));
+  memcpy(out, bytes, (bits + 7) / 8);
 }
 
 // Input is asked for this many bytes ahead of the block that is being coded. Without it memory would lie idle while the random
 // bits are made, and at every page's end, where the hardware's own prefetching stops.
 constexpr int64_t kAhead = 8192;
 
-// Writes the codes of a bucket.
+// Writes the codes of a bucket; `tail` holds its last elements, padded, where they fill no block (as for_blocks leaves it).
 template <class Isa, int B, class T, class Coder>
-inline void pack_bucket(const T* x, int64_t count, uint8_t* packed, const uint8_t* out_end, Coder& coder) {
+inline void pack_bucket(const T* x, const T* tail, int64_t count, uint8_t* packed, const uint8_t* out_end, Coder& coder) {
   int64_t i = 0, whole = count / kBlock;  // blocks; those whose reach stays within the range's bytes
   while (whole > 0 && packed + (whole - 1) * 8 * B + kReach<B> > out_end) --whole;
   while (i < whole) {
@@ -104,9 +104,8 @@ inline void pack_bucket(const T* x, int64_t count, uint8_t* packed, const uint8_
   }
   for (i *= kBlock; i < count; i += kBlock) {
     const int64_t here = count - i < kBlock ? count - i : kBlock;
-    alignas(64) T tail[kBlock];
     coder.prepare(i, 1);
-    pack_part<Isa, B>(coder.template code<B>(here == kBlock ? x + i : padded(x + i, here, tail), i), here, packed + i / 8 * B);
+    pack_part<Isa, B>(coder.template code<B>(here == kBlock ? x + i : tail, i), here, packed + i / 8 * B);
   }
 }
 
@@ -120,8 +119,7 @@ void code_zeros(int64_t count, uint8_t* packed) {
 }
 
 template <class Isa, class T, int B>
-float eden_bucket(const T* x, int64_t count, uint32_t largest, uint8_t* packed, const uint8_t* out_end) {
-  alignas(64) T tail[kBlock];
+float eden_bucket(const T* x, T (&tail)[kBlock], int64_t count, uint32_t largest, uint8_t* packed, const uint8_t* out_end) {
   const float inverse = eden_inverse(largest);
   typename Isa::Sum energy{};
   for_blocks(x, count, tail, [&](const T* block) { Isa::energy64(energy, block, inverse); });
@@ -130,12 +128,12 @@ float eden_bucket(const T* x, int64_t count, uint32_t largest, uint8_t* packed, 
     typename Isa::Sum sum{};
     for_blocks(x, count, tail, [&](const T* block) { Isa::total64(sum, block, inverse); });
     NearestCoder<Isa> coder{inverse};
-    pack_bucket<Isa, B>(x, count, packed, out_end, coder);
+    pack_bucket<Isa, B>(x, tail, count, packed, out_end, coder);
     return eden_scale(largest, squares, Isa::total(sum));
   } else {
     const float inverse_step = eden_inverse_step(largest, squares, count, B, [](float v) { return Isa::square_root(v); });
     EdenCoder<Isa> coder{inverse, inverse_step};
-    pack_bucket<Isa, B>(x, count, packed, out_end, coder);
+    pack_bucket<Isa, B>(x, tail, count, packed, out_end, coder);
     return eden_scale(largest, squares, Isa::total(coder.dot));
   }
 }
@@ -146,7 +144,7 @@ void quantize_item(const QuantizeItem& a, Rounding rounding, Noise<Isa>& noise, 
   alignas(64) T tail[kBlock];
   const int64_t range_end = to < a.n ? (to + a.bucket - 1) / a.bucket * a.bucket : a.n;
   uint8_t* const out_end = a.packed + ((range_end < a.n ? range_end : a.n) * B + 7) / 8;
-  int64_t k = (from + a.bucket - 1) / a.bucket;
+  int64_t k = from ? (from + a.bucket - 1) / a.bucket : 0;
   for (int64_t start = k * a.bucket; start < to; start += a.bucket, ++k) {
     const int64_t count = a.n - start < a.bucket ? a.n - start : a.bucket;
     const T* const x = static_cast<const T*>(a.x) + start;
@@ -159,21 +157,21 @@ void quantize_item(const QuantizeItem& a, Rounding rounding, Noise<Isa>& noise, 
       a.scales[k] = quiet_nan();
       code_zeros<Isa, B>(count, packed);
     } else if (rounding == Rounding::kEden) {
-      a.scales[k] = eden_bucket<Isa, T, B>(x, count, largest, packed, out_end);
+      a.scales[k] = eden_bucket<Isa, T, B>(x, tail, count, largest, packed, out_end);
     } else if (B == 1) {
       typename Isa::Sum sum{};
       for_blocks(x, count, tail, [&](const T* block) { Isa::total64(sum, block, inverse); });
       a.scales[k] = one_bit_scale(largest, Isa::total(sum), count);
       NearestCoder<Isa> coder{inverse};
-      pack_bucket<Isa, B>(x, count, packed, out_end, coder);
+      pack_bucket<Isa, B>(x, tail, count, packed, out_end, coder);
     } else if (rounding == Rounding::kNearest) {
       a.scales[k] = bucket_scale(largest, B);
       NearestCoder<Isa> coder{inverse};
-      pack_bucket<Isa, B>(x, count, packed, out_end, coder);
+      pack_bucket<Isa, B>(x, tail, count, packed, out_end, coder);
     } else {
       a.scales[k] = bucket_scale(largest, B);
       StochasticCoder<Isa> coder{inverse, a.offset + uint64_t(start), noise};
-      pack_bucket<Isa, B>(x, count, packed, out_end, coder);
+      pack_bucket<Isa, B>(x, tail, count, packed, out_end, coder);
     }
   }
 }

@@ -56,7 +56,8 @@ inline void rotate_small(float* x, int64_t size, const uint8_t* bits, int64_t sh
 // all others if `before` is given; after the last stage (kLast) the factor, and flips if `after` is given. Bits are counted
 // from `origin`.
 template <class Isa, int kVectors, bool kWithin, bool kLast>
-inline void rotate_vectors(float* x, int64_t distance, int64_t origin, const uint8_t* before, const uint8_t* after, float factor) {
+inline void rotate_vectors(float* x, int64_t distance, int64_t origin, const uint8_t* before, const uint8_t* after,
+                           float factor) {
   typename Isa::Vector v[kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < kVectors; ++r) {
@@ -95,7 +96,8 @@ void rotate_pass(float* x, int64_t size, int64_t distance, const uint8_t* before
 }
 
 template <class Isa, bool kWithin, bool kLast>
-void rotate_pass(int vectors, float* x, int64_t size, int64_t distance, const uint8_t* before, const uint8_t* after, float factor) {
+void rotate_pass(int vectors, float* x, int64_t size, int64_t distance, const uint8_t* before, const uint8_t* after,
+                 float factor) {
   switch (vectors) {
     case 1: return rotate_pass<Isa, 1, kWithin, kLast>(x, size, distance, before, after, factor);
     case 2: return rotate_pass<Isa, 2, kWithin, kLast>(x, size, distance, before, after, factor);
