@@ -13,8 +13,20 @@ from .arithmetic import philox
 from .launch import halves, launch
 from .tiles import Column, Group, check, cut, kept, record
 
-TILE = 4096  # values a program, or one block if that is larger; 32 values a thread
+TILE = 4096  # values a program, or one block if that is larger
+VALUES = 16  # a thread: with 32, triton 3.6 needs up to 255 registers and spills
 BLOCKS, TAIL = 1, 2  # the two passes over a row, told apart in the Philox counter; rounding uses 0
+
+
+@triton.jit
+def _flip(y, first, seed_low, seed_high, PASS: tl.constexpr, TILE: tl.constexpr):
+    """Flip signs by one random bit a value: a Philox block, of which `first` is the tile's first one, serves 128."""
+    a, b, c, d = philox(seed_low, seed_high, first + tl.arange(0, TILE // 128), PASS)
+    word = (tl.arange(0, 128) >> 5)[None, :]
+    bits = tl.where(word < 2, tl.where(word == 0, a[:, None], b[:, None]), tl.where(word == 2, c[:, None], d[:, None]))
+    bits = bits >> (tl.arange(0, 128) & 31)[None, :].to(tl.uint32)
+    signs = tl.reshape(bits << 31, [TILE])  # only the sign bit is left: `-x` would turn 0 into 0, not into -0
+    return (y.to(tl.uint32, bitcast=True) ^ signs).to(tl.float32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high"])
@@ -30,21 +42,15 @@ def rotate_kernel(
         y = tl.load(x + start + i)
     else:
         y = tl.load(x + start + i, mask=i < left, other=0.0)
-    # One bit of randomness a value: a Philox block serves 128.
-    a, b, c, d = philox(seed_low, seed_high, (first + (at >> 7)) + tl.arange(0, TILE // 128), PASS)
-    word = (tl.arange(0, 128) >> 5)[None, :]
-    bits = tl.where(word < 2, tl.where(word == 0, a[:, None], b[:, None]), tl.where(word == 2, c[:, None], d[:, None]))
-    bits = bits >> (tl.arange(0, 128) & 31)[None, :].to(tl.uint32)
-    signs = tl.reshape(bits << 31, [TILE])  # only the sign bit is left: `-x` would turn 0 into 0, not into -0
     if not INVERSE:
-        y = (y.to(tl.uint32, bitcast=True) ^ signs).to(tl.float32, bitcast=True)
+        y = _flip(y, first + (at >> 7), seed_low, seed_high, PASS, TILE)
     for k in tl.static_range(LOG):
         pairs = tl.permute(tl.reshape(y, [TILE >> (k + 1), 2, 1 << k]), [0, 2, 1])
         p, q = tl.split(pairs)
         y = tl.reshape(tl.permute(tl.join(p + q, p - q), [0, 2, 1]), [TILE])
     y = y * factor
     if INVERSE:
-        y = (y.to(tl.uint32, bitcast=True) ^ signs).to(tl.float32, bitcast=True)
+        y = _flip(y, first + (at >> 7), seed_low, seed_high, PASS, TILE)
     if left >= TILE:
         tl.store(x + start + i, y)
     else:
@@ -101,5 +107,5 @@ def rotate(x: Tensor, table: Tensor, block: int, seed: int, inverse: bool) -> No
         tile = max(size, TILE)
         launch(
             rotate_kernel, group.programs, x, x, group.records, *halves(seed), size**-0.5,
-            which, size.bit_length() - 1, bool(inverse), group.aligned, tile, num_warps=tile // 1024,
+            which, size.bit_length() - 1, bool(inverse), group.aligned, tile, num_warps=tile // VALUES // 32,
         )  # fmt: skip
