@@ -34,7 +34,8 @@
 template <int B>
 constexpr int64_t kReach = 6 * B + 16;
 constexpr int64_t kReachElements = 112;  // what the reach beyond 8 * B bytes is at most, in elements
-constexpr int64_t kPrefetch = 1024;      // bytes ahead; of many streams, each read in pieces, the hardware foresees too little
+// Bytes ahead of each client's codes and of `out`: of many streams, each read in pieces, the hardware foresees too little.
+constexpr int64_t kAheadOfCodes = 2048, kAheadOfSums = 4096;
 
 inline void prefetch(const uint8_t* p, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(p + at);
@@ -142,6 +143,7 @@ inline void accumulate_segment(const DequantizeItem& a, const Payload* payloads,
   typename Isa::Values sums[kBlocks];
 #pragma GCC unroll 4
   for (int b = 0; b < kBlocks; ++b) sums[b] = Isa::load_values(out + b * kBlock);
+  if (!near_end) prefetch(reinterpret_cast<const uint8_t*>(out) + kAheadOfSums, kBlocks * kBlock * sizeof(float));
   for (int64_t c = 0; c < clients; ++c) {
     const Payload& p = payloads[c];
     const float factor = factors[c];
@@ -151,7 +153,7 @@ inline void accumulate_segment(const DequantizeItem& a, const Payload* payloads,
       memcpy(bytes, in, (count * p.bits + 7) / 8);
       in = bytes;
     } else {
-      prefetch(in + kPrefetch, kBlocks * 8 * p.bits);
+      prefetch(in + kAheadOfCodes, kBlocks * 8 * p.bits);
     }
     DYNFED_FOR_BITS(p.bits, {
       _Pragma("GCC unroll 4") for (int b = 0; b < kBlocks; ++b) Isa::template add64<B>(in + b * 8 * B, factor, sums[b]);
