@@ -88,7 +88,7 @@ def comparison(path: Path, last: int, baseline: str | None = "FedAvg") -> Compar
 
 
 def kernels_table(path: Path, n: int = 1 << 24) -> str:
-    """The rows of ``kernels-cpu.csv`` that a reader compares first, at `n` values: what was measured, against whom, in one run."""
+    """The rows of ``kernels-cpu.csv`` that a reader compares first, at `n` values: what was measured, against whom."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = [r for r in csv.DictReader(file) if r["runs"] not in ("", "0") and r["n"] == str(n)]
     skipped = ("kernel", "compiled", "ops, one by one")  # in the CSV and its report
@@ -96,11 +96,14 @@ def kernels_table(path: Path, n: int = 1 << 24) -> str:
     found: dict[str, list[dict[str, str]]] = {}
     for r in chosen:
         eight = r["bits"] == "8" and not r["implementation"].startswith("bitsandbytes")
-        if r["bits"] not in ("4", "8", "32", "") and r["section"] == "main" or eight or r["dtype"] != "float32":
+        if (r["bits"] not in ("4", "8", "32", "") and r["section"] == "main") or eight or r["dtype"] != "float32":
             continue
         clients = f", {r['clients']} clients" if r["clients"] != "1" else ""
         found.setdefault(r["operation"] + clients, []).append(r)
-    lines = ["| operation, 16 M values | implementation | bits | ms (p50) | billion values/s |", "|---|---|--:|--:|--:|"]
+    lines = [
+        "| operation, 16 M values | implementation | bits | ms (p50) | billion values/s |",
+        "|---|---|--:|--:|--:|",
+    ]
     for label, group in found.items():
         for r in group:
             ms, speed = float(r["p50_ms"]), float(r["gcodes_per_s"])

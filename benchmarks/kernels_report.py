@@ -45,8 +45,8 @@ class Results:
         return [r for r in self.rows if r["runs"] not in ("", "0") and all(r[k] == str(v) for k, v in columns.items())]
 
     def one(self, **columns: Any) -> Row | None:
-        found = self.timed(**columns)
-        return found[0] if found else None
+        found = self.timed(**columns)  # of rows measured again, the last
+        return found[-1] if found else None
 
     def sizes(self, section: str) -> list[int]:
         return sorted({int(r["n"]) for r in self.timed(section=section)})

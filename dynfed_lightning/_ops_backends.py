@@ -1,7 +1,8 @@
 """Which implementation of the low-bit operations runs: choosing a backend, and loading the compiled kernels.
 
 A backend is a module with the functions of `OPERATIONS`, as `dynfed_lightning._reference` has them: on contiguous tensors of
-one device, flat but for those in lists, filling what they are given. To add one, write such a module and name it in `_load` and `OWNERS`.
+one device, flat but for those in lists, filling what they are given. To add one, write such a module, name it in `BACKENDS` and
+`OWNERS`, and let its ``available()`` say why it cannot run.
 """
 
 from __future__ import annotations

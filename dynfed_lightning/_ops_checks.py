@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -61,6 +62,32 @@ def check_weight(value: float) -> None:
         raise ValueError(f"Expected `weight` to be a finite float32, but got {value}.")
 
 
+def weights_tensor(weights: Sequence[float]) -> Tensor:
+    """Weights as the operators take them: float64 on the CPU."""
+    if not torch.compiler.is_compiling():
+        for w in weights:
+            check_weight(w)
+        return torch.tensor([float(w) for w in weights], dtype=torch.float64, device="cpu")
+    # Anything but arithmetic with tensors would compile anew for every value; the operator checks them when it runs.
+    one = torch.ones(1, dtype=torch.float64, device="cpu")
+    return torch.cat([one * w for w in weights]) if len(weights) else one[:0]
+
+
+def weights_list(weights: Tensor) -> list[float]:
+    """What `weights_tensor` holds, checked."""
+    numbers = weights.tolist()
+    for w in numbers:
+        check_weight(w)
+    return numbers
+
+
+def check_pair(name: str, value: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Two tensors."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"Expected `{name}` to be a pair of tensors (packed, scales), but got {type(value).__name__}.")
+    return value[0], value[1]
+
+
 def check_tensor(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     if isinstance(value, Tensor) and value.dtype in dtypes and value.layout == torch.strided:
         return
@@ -95,14 +122,53 @@ def check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> No
         )
 
 
-def check_out(name: str, value: Tensor, dtype: torch.dtype, n: int, other_name: str, other: Tensor) -> None:
-    """A tensor to write `n` values to: of this dtype, on the device of `other`, and contiguous."""
+def check_out(
+    name: str, value: Tensor, dtype: torch.dtype, n: int, other_name: str, other: Tensor, apart: bool = True
+) -> None:
+    """A tensor to write `n` values to: of this dtype, on the device of `other`, contiguous, and apart from it in memory."""
     check_tensor(name, value, (dtype,))
     if value.numel() != n:
         raise ValueError(f"Expected `{name}` to hold {n} values, but got {value.numel()}.")
-    if not value.is_contiguous():
+    if not value.is_contiguous() or value.is_neg():
         raise ValueError(f"Expected `{name}` to be contiguous, but got strides {tuple(value.stride())}.")
     check_device(name, value, other_name, other)
+    if apart and overlap(value, other):
+        raise ValueError(f"Expected `{name}` and `{other_name}` not to share memory, but they overlap.")
+
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors share bytes, gaps between strides counted in. False where tensors have no memory (while tracing)."""
+    if torch.compiler.is_compiling() or type(a) not in _PLAIN or type(b) not in _PLAIN or a.device.type == "meta":
+        return False
+    if not a.numel() or not b.numel():
+        return False
+    (a_first, a_end), (b_first, b_end) = _span(a), _span(b)
+    return a_first < b_end and b_first < a_end
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    """First byte and end of what a tensor covers."""
+    first = x.data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return first, first + (last + 1) * x.element_size()
+
+
+def check_apart(name: str, tensors: Sequence[Tensor]) -> None:
+    """Contiguous tensors to be written to do not share memory."""
+    if torch.compiler.is_compiling() or any(type(t) not in _PLAIN or t.device.type == "meta" for t in tensors):
+        return
+    spans = sorted(_span(t) for t in tensors if t.numel())
+    if any(end > first for (_, end), (first, _) in pairwise(spans)):
+        raise ValueError(f"Expected the tensors of `{name}` not to share memory, but some overlap.")
+
+
+def written(*tensors: Tensor) -> None:
+    """Tell autograd that an operator has changed these tensors: a backward pass that needs their old values must fail."""
+    if not torch.compiler.is_compiling():  # there functionalisation has seen it
+        torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
 def check_lengths(**lists: Sequence[object]) -> None:

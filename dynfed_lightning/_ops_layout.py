@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ class Layout:
         sizes: the number of values of each tensor.
         bits: 1 to 8: one number, or one per tensor.
         bucket: a positive multiple of 8: one number, or one per tensor.
-        starts: where each tensor begins in the flat vector; by default one follows the other.
+        starts: where each tensor begins in the flat vector; by default one follows the other. No two may overlap.
         offsets: the global index of each tensor's first value, for its random bits: multiples of 8; by default the running
             count of values, rounded up to 8 at each tensor.
 
@@ -34,7 +34,7 @@ class Layout:
         largest_bucket: the largest of the buckets.
 
     Raises:
-        ValueError: lists of different lengths, or a number out of range.
+        ValueError: lists of different lengths, tensors that overlap, or a number out of range.
         TypeError: something that is not an integer.
 
     Example:
@@ -56,6 +56,7 @@ class Layout:
             check_int("sizes", n, 0, MAX_ELEMENTS)
         bits = [bits] * len(sizes) if isinstance(bits, int) else list(bits)
         bucket = [bucket] * len(sizes) if isinstance(bucket, int) else list(bucket)
+        given = starts is not None
         starts = [0, *accumulate(sizes)][: len(sizes)] if starts is None else list(starts)
         if offsets is None:
             offsets = [0, *accumulate(-8 * (-n // 8) for n in sizes)][: len(sizes)]
@@ -66,6 +67,14 @@ class Layout:
             check_bucket(k)
         for start in starts:
             check_int("starts", start, 0, MAX_ELEMENTS)
+        if given:
+            spans = sorted((start, start + n) for start, n in zip(starts, sizes, strict=True) if n)
+            for (start, end), (following, _) in pairwise(spans):
+                if end > following:
+                    raise ValueError(
+                        f"Expected `starts` and `sizes` to keep tensors apart, but one from {start} to {end} overlaps one "
+                        f"from {following}."
+                    )
         for offset in offsets:
             check_int("offsets", offset, 0, 2**62)
             if offset % 8:

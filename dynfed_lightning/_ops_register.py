@@ -1,7 +1,8 @@
 """Registration under ``torch.ops.dynfed_lightning``: one schema, one kernel and one fake each.
 
 A kernel makes its tensors flat, allocates what it returns, and asks `choose` for the backend at run time. Operators whose name
-ends in ``_out`` write to tensors that exist.
+ends in ``_out`` write to tensors that exist. Weights come as a float64 tensor on the CPU: a list of numbers would be part of what
+torch.compile compiles for, and a server's weights change every round.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._ops_backends import choose
-from ._ops_checks import num_buckets, packed_size
+from ._ops_checks import num_buckets, packed_size, weights_list
 
 _LIBRARY = torch.library.Library("dynfed_lightning", "DEF")  # lives as long as the process
 _F32, _U8 = torch.float32, torch.uint8
@@ -131,15 +132,17 @@ def _unpack_dequantize(packed: Tensor, scales: Tensor, bits: int, bucket: int, n
 
 @_operator(
     "dequantize_accumulate_many(Tensor(a!) out, Tensor[] packed, Tensor[] scales, int[] bits, int bucket, "
-    "float[] weights) -> ()",
+    "Tensor weights) -> ()",
     _nothing,
 )
 def _accumulate_many(
-    out: Tensor, packed: list[Tensor], scales: list[Tensor], bits: list[int], bucket: int, weights: list[float]
+    out: Tensor, packed: list[Tensor], scales: list[Tensor], bits: list[int], bucket: int, weights: Tensor
 ) -> None:
     target = _flat(out)  # shares memory with `out` unless that is not contiguous
     backend = choose("accumulate", out.device)
-    backend.accumulate(target, [_flat(p) for p in packed], [_flat(s) for s in scales], bits, bucket, weights)
+    backend.accumulate(
+        target, [_flat(p) for p in packed], [_flat(s) for s in scales], bits, bucket, weights_list(weights)
+    )
     if not out.is_contiguous():
         out.copy_(target.view(out.shape))
 
@@ -186,16 +189,18 @@ def _unpack_dequantize_table_out(packed: Tensor, scales: Tensor, table: Tensor, 
 
 
 @_operator(
-    "dequantize_accumulate_table(Tensor(a!) out, Tensor[] packed, Tensor[] scales, Tensor[] tables, float[] weights) "
+    "dequantize_accumulate_table(Tensor(a!) out, Tensor[] packed, Tensor[] scales, Tensor[] tables, Tensor weights) "
     "-> ()",
     _nothing,
 )
 def _accumulate_table(
-    out: Tensor, packed: list[Tensor], scales: list[Tensor], tables: list[Tensor], weights: list[float]
+    out: Tensor, packed: list[Tensor], scales: list[Tensor], tables: list[Tensor], weights: Tensor
 ) -> None:
     target = _flat(out)
     backend = choose("accumulate_table", out.device)
-    backend.accumulate_table(target, [_flat(p) for p in packed], [_flat(s) for s in scales], tables, weights)
+    backend.accumulate_table(
+        target, [_flat(p) for p in packed], [_flat(s) for s in scales], tables, weights_list(weights)
+    )
     if not out.is_contiguous():
         out.copy_(target.view(out.shape))
 

@@ -11,14 +11,17 @@ from . import _ops_autograd
 from ._ops_checks import (
     INPUT_DTYPES,
     MAX_ROTATE_BLOCK,
+    check_apart,
     check_device,
     check_int,
     check_lengths,
     check_out,
+    check_pair,
     check_tensor,
-    check_weight,
     rounding_number,
     signed_seed,
+    weights_tensor,
+    written,
 )
 from ._ops_layout import Layout
 from ._ops_register import OPERATORS as _OPS
@@ -50,15 +53,17 @@ def quantize_pack_table(
         ValueError: tensors that are not those of the table, or not on one device, or a number out of range.
         TypeError: a tensor of another dtype.
     """
+    _check_layout(layout)
     tensors, table = _table_tensors("x", x, layout, INPUT_DTYPES)
     signed, number = signed_seed(seed), rounding_number(rounding, layout.largest_bucket)
     if out is None:
         return _OPS.quantize_pack_table(tensors, table, layout.num_bytes, layout.num_scales, signed, number)
-    packed, scales = out
+    packed, scales = check_pair("out", out)
     like = tensors[0] if tensors else layout.table
     check_out("out[0]", packed, torch.uint8, layout.num_bytes, "x", like)
     check_out("out[1]", scales, torch.float32, layout.num_scales, "x", like)
     _OPS.quantize_pack_table_out(tensors, table, signed, number, packed, scales)
+    written(packed, scales)
     return out
 
 
@@ -77,18 +82,23 @@ def unpack_dequantize_table(
         `out`; by default a new float32 ``[layout.numel]``, 0 where no tensor of the table lies.
 
     Raises:
-        ValueError: tensors that are not those of the table, or not on one device.
+        ValueError: tensors that are not those of the table, not on one device, or that share memory.
         TypeError: a tensor of another dtype.
     """
+    _check_layout(layout)
     _check_arenas(packed, scales, layout)
     result = out
     if result is None:
         gaps = sum(layout.sizes) != layout.numel
         result = (torch.zeros if gaps else torch.empty)(layout.numel, dtype=torch.float32, device=packed.device)
     tensors, table = _table_tensors("out", result, layout, (torch.float32,))
-    for tensor in tensors:
-        check_out("out", tensor, torch.float32, tensor.numel(), "packed", packed)
+    if out is not None:
+        for tensor in tensors:
+            check_out("out", tensor, torch.float32, tensor.numel(), "packed", packed)
+        check_apart("out", tensors)
     _OPS.unpack_dequantize_table_out(packed, scales.detach(), table, tensors)
+    if out is not None:
+        written(*tensors)
     return result
 
 
@@ -118,12 +128,13 @@ def dequantize_accumulate_table(
     """
     check_tensor("out", out, (torch.float32,))
     check_lengths(packed=packed, scales=scales, layouts=layouts, weights=weights)
-    for p, s, layout, w in zip(packed, scales, layouts, weights, strict=True):
+    for layout in layouts:
+        _check_layout(layout)
+    for p, s, layout in zip(packed, scales, layouts, strict=True):
         if layout is not layouts[0] and not layout.agrees(layouts[0]):
             raise ValueError(f"Expected `layouts` to differ in bits only, but got {layouts[0]} and {layout}.")
         if out.numel() < layout.numel:
             raise ValueError(f"Expected `out` to hold at least {layout.numel} values, but got {out.numel()}.")
-        check_weight(w)
         _check_arenas(p, s, layout)
         check_device("packed", p, "out", out)
     _OPS.dequantize_accumulate_table(
@@ -131,8 +142,9 @@ def dequantize_accumulate_table(
         list(packed),
         [s.detach() for s in scales],
         [layout.table for layout in layouts],
-        [float(w) for w in weights],
+        weights_tensor(weights),
     )
+    written(out)
     return out
 
 
@@ -147,11 +159,12 @@ def rotate(
 ) -> Tensor:
     """Rotate `x` by a blockwise randomised Hadamard transform: ``y = H D x / sqrt(B)``, D random signs.
 
-    After it the values of a block are nearly normally distributed, whatever they were: what rounding ``"eden"`` expects (DRIVE,
-    Vargaftik et al., NeurIPS 2021, section 4.1). The transform is orthogonal: lengths and angles stay.
+    After it the values of a block are nearly normally distributed, unless a handful of them carried it: what rounding ``"eden"``
+    expects (DRIVE, Vargaftik et al., NeurIPS 2021, section 4.1). The transform is orthogonal: lengths and angles stay.
 
     A vector of n values is cut into blocks of ``B = min(block, the largest power of two <= n)``. If they do not fill it, the last
-    B values are rotated once more, so that none is left out and none is added.
+    B values are rotated once more, so that none is left out and none is added. Values near float32's largest may have infinite
+    sums.
 
     Args:
         x: float32, bfloat16 or float16, any shape; taken in row-major order as n values.
@@ -173,20 +186,30 @@ def rotate(
     if block & (block - 1):
         raise ValueError(f"Expected `block` to be a power of two, but got {block}.")
     signed = signed_seed(seed)
+    if not isinstance(inverse, bool):
+        raise TypeError(f"Expected `inverse` to be True or False, but got {inverse!r}.")
     check_tensor("x", x, INPUT_DTYPES)
     layout = Layout([x.numel()], 8) if layout is None else layout
+    _check_layout(layout)
     if x.numel() < layout.numel:
         raise ValueError(f"Expected `x` to hold at least {layout.numel} values, but got {x.numel()}.")
     if out is None:
         if _ops_autograd.wanted(x):
-            return _ops_autograd.Rotate.apply(x, layout.table, block, signed, inverse)
-        out = x.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-    else:
-        check_out("out", out, torch.float32, x.numel(), "x", x)
-        if out is not x:
-            out.detach().copy_(x.detach().reshape(out.shape))
+            return _ops_autograd.rotate(x, layout.table, block, signed, inverse)
+        result = x.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        _OPS.rotate_(result, layout.table, block, signed, inverse)
+        return result
+    check_out("out", out, torch.float32, x.numel(), "x", x, apart=out is not x)
+    if out is not x:
+        out.detach().copy_(x.detach().reshape(out.shape))
     _OPS.rotate_(out.detach(), layout.table, block, signed, inverse)
+    written(out)
     return out
+
+
+def _check_layout(value: Layout) -> None:
+    if not isinstance(value, Layout):
+        raise TypeError(f"Expected `layout` to be a Layout, but got {type(value).__name__}.")
 
 
 def _table_tensors(

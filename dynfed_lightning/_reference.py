@@ -27,7 +27,7 @@ NEAREST, STOCHASTIC, EDEN = 0, 1, 2  # roundings, as numbers
 # 2**(b-1) - 1 (found by search over 4e6 quantiles). The variance of the estimate, relative to ||x||^2, is then 0.176, 0.0424,
 # 0.0120, 0.0035, 0.0010, 0.0003, 0.0001 at 2 to 8 bits; at one bit 0.571.
 EDEN_STEPS = (0.0, 0.0, 1.0487, 0.6024, 0.3389, 0.1885, 0.1042, 0.0567, 0.0307)
-CHUNK = 1 << 24  # elements handled at once, so that int64 temporaries stay below about 1 GiB
+CHUNK = 1 << 24  # elements handled at once (but a whole bucket), so that int64 temporaries stay below about 1 GiB
 
 
 def philox4x32(seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -94,6 +94,7 @@ def quantize_pack(
     x: Tensor, bits: int, bucket: int, seed: int, offset: int, rounding: int, packed: Tensor, scales: Tensor
 ) -> None:
     """Scale, round and pack ``x`` [n] into packed uint8 [ceil(n * bits / 8)] and scales float32 [ceil(n / bucket)]."""
+    bucket = min(bucket, -8 * (-max(x.numel(), 1) // 8))  # a bucket may be far larger than the vector
     step = max(CHUNK // bucket, 1) * bucket
     for i in range(0, x.numel(), step):
         part = x[i : i + step]
@@ -179,7 +180,7 @@ def _levels(packed: Tensor, bits: int, n: int) -> Tensor:
 def unpack_dequantize(packed: Tensor, scales: Tensor, bits: int, bucket: int, out: Tensor) -> None:
     """The values a payload stands for, float32 [n]: level times scale of the bucket."""
     n = out.numel()
-    out.copy_(_levels(packed, bits, n) * scales.repeat_interleave(bucket)[:n])
+    out.copy_(_levels(packed, bits, n) * _by_element(scales, bucket, n))
 
 
 def accumulate(
@@ -194,7 +195,12 @@ def accumulate(
     n = out.numel()
     for p, s, b, w in zip(packed, scales, bits, weights, strict=True):
         factor = s * torch.full_like(s, w)
-        out.copy_(fma(factor.repeat_interleave(bucket)[:n], _levels(p, b, n), out))
+        out.copy_(fma(_by_element(factor, bucket, n), _levels(p, b, n), out))
+
+
+def _by_element(scales: Tensor, bucket: int, n: int) -> Tensor:
+    """Each element's scale."""
+    return scales.repeat_interleave(min(bucket, max(n, 1)))[:n]
 
 
 # ---- the same for a table of tensors: one row (start, length, bits, bucket, offset, bytes, scales) each ----

@@ -331,7 +331,10 @@ def _name_culprit(tensors: Tensors, table: Table) -> str:
     """Say which tensor made the payload non-finite, and whether it came so."""
     for part, tensor in zip(table.parts, table.tensors, strict=True):
         if part.dtype.is_floating_point and not torch.isfinite(tensor).all():
-            if torch.isfinite(tensors[part.origin]).all():
+            given = tensors[part.origin]
+            if torch.isfinite(given).all() and part.dtype == given.dtype:
+                return f"Expected {part.origin!r} to stay finite while it is encoded, but a value is too large."
+            if torch.isfinite(given).all():
                 return f"Expected {part.origin!r} to stay finite in the conversion to {part.dtype}, but a value is too large."
             return f"Expected {part.origin!r} to hold finite numbers only, but got NaN or infinity."
     return "Expected finite numbers only, but got NaN or infinity."

@@ -40,6 +40,7 @@ def backend_fixture(names: tuple[str, ...]):
     @pytest.fixture(params=params)
     def forced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         select(monkeypatch, request.param)
+        torch.set_num_threads(2)  # so that large vectors are shared out; `conftest` undoes it
         with torch.device("cuda" if request.param in GPU_BACKENDS else "cpu"):
             yield request.param
 

@@ -279,6 +279,7 @@ def calls() -> Iterator[tuple[str, tuple]]:
     x = values(1000)
     packed, scales = ops.quantize_pack(x, 3, 64)
     codes = ops.unpack(packed, 3, 1000)
+    weights = torch.tensor([0.5, -0.25], dtype=torch.float64, device="cpu")
     layout = ops.Layout([600, 0, 400], [3, 1, 5], [64, 8, 72])
     rows = [x[:600].view(20, 30), x[600:600], x[600:].to(torch.bfloat16)]
     table_packed, table_scales = ops.quantize_pack_table(x, layout)
@@ -290,11 +291,11 @@ def calls() -> Iterator[tuple[str, tuple]]:
     yield "quantize_pack_out", (x, 3, 64, -5, 2**40, 2, packed.clone(), scales.clone())
     yield "unpack_dequantize", (packed, scales, 3, 64, 1000)
     yield "unpack_dequantize_out", (packed, scales, 3, 64, x.clone())
-    yield "dequantize_accumulate_many", (x, [packed, packed], [scales, scales], [3, 3], 64, [0.5, -0.25])
+    yield "dequantize_accumulate_many", (x, [packed, packed], [scales, scales], [3, 3], 64, weights)
     yield "quantize_pack_table", ([x], layout.table, layout.num_bytes, layout.num_scales, -5, 1)
     yield "quantize_pack_table_out", (rows, layout.table, 5, 0, table_packed.clone(), table_scales.clone())
     yield "unpack_dequantize_table_out", (table_packed, table_scales, layout.table, [x.clone()])
-    yield "dequantize_accumulate_table", (x, [table_packed], [table_scales], [layout.table], [0.5])
+    yield "dequantize_accumulate_table", (x, [table_packed], [table_scales], [layout.table], weights[:1])
     yield "rotate_", (x.clone(), layout.table, 64, 3, False)
 
 
@@ -354,6 +355,72 @@ def test_gradients_where_they_are_defined(any_backend: str) -> None:
     with torch.no_grad():
         assert not ops.rotate(x, 16, 3).requires_grad
     assert not ops.quantize_pack(x, 4)[1].requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own import
+def test_forward_derivatives(any_backend: str) -> None:
+    x, tangent = gaussian(40), gaussian(40, seed=1)
+    y, dy = torch.func.jvp(lambda z: ops.rotate(z, 16, 3), (x,), (tangent,))
+    assert same(y, ops.rotate(x, 16, 3)) and same(dy, ops.rotate(tangent, 16, 3))
+    packed, scales = ops.quantize_pack(x, 4, 8)
+    _, dy = torch.func.jvp(lambda s: ops.unpack_dequantize(packed, s, 4, 8, 40), (scales,), (tangent[:5],))
+    assert same(dy, ops.unpack_dequantize(packed, tangent[:5].clone(), 4, 8, 40))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        assert same(torch.autograd.forward_ad.unpack_dual(ops.rotate(dual, 16, 3)).tangent, ops.rotate(tangent, 16, 3))
+
+
+def test_autograd_notices_what_is_written(any_backend: str) -> None:
+    """A backward pass that needs what an operation has overwritten fails, instead of using the new values."""
+    packed, scales = ops.quantize_pack(gaussian(64), 4, 64)
+    layout = ops.Layout([64], 4, 64)
+    writers = [
+        lambda o: ops.dequantize_accumulate(o, packed, scales, 4, 64, 0.5),
+        lambda o: ops.dequantize_accumulate_table(o, [packed], [scales], [layout], [0.5]),
+        lambda o: ops.unpack_dequantize(packed, scales, 4, 64, 64, out=o),
+        lambda o: ops.unpack_dequantize_table(packed, scales, layout, out=o),
+        lambda o: ops.unpack_dequantize_table(packed, scales, layout, out=[o]),
+        lambda o: ops.rotate(gaussian(64), out=o),
+        lambda o: ops.rotate(o, out=o),
+        lambda o: ops.quantize_pack(gaussian(64 * 64), 4, 64, out=(torch.empty(2048, dtype=torch.uint8), o)),
+    ]
+    for write in writers:
+        w, o = gaussian(64).requires_grad_(), gaussian(64)
+        loss = (w * o).sum()
+        write(o)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    codes, bytes_ = ops.unpack(packed, 4, 64), torch.zeros(32, dtype=torch.uint8)
+    for write in (lambda: ops.pack(codes, 4, out=bytes_), lambda: ops.unpack(packed[:16], 4, 32, out=bytes_)):
+        before = bytes_._version
+        write()
+        assert bytes_._version > before
+    with torch.inference_mode():
+        ops.dequantize_accumulate(gaussian(64), packed, scales, 4, 64, 0.5)
+
+
+def test_compile_does_not_recompile_for_weights(any_backend: str) -> None:
+    torch._dynamo.reset()
+    packed, scales = ops.quantize_pack(values(200), 4, 64)
+
+    def add(out: Tensor, weight: float) -> Tensor:
+        return ops.dequantize_accumulate(out, packed, scales, 4, 64, weight)
+
+    compiled = torch.compile(add, fullgraph=True, backend="aot_eager")
+    for k in range(12):
+        assert same(compiled(torch.zeros(200), 0.1 * (k + 1)), add(torch.zeros(200), 0.1 * (k + 1)))
+
+
+def test_a_bucket_far_larger_than_the_vector(kernels: str) -> None:
+    x = values(1000)
+    packed, scales = ops.quantize_pack(x, 4, 2**31)
+    assert all(same(a, b) for a, b in zip((packed, scales), reference_quantize(x, 4, 2**31), strict=True))
+    assert same(
+        ops.unpack_dequantize(packed, scales, 4, 2**31, 1000), reference_dequantize(packed, scales, 4, 2**31, 1000)
+    )
+    scales.requires_grad_()
+    ops.unpack_dequantize(packed, scales, 4, 2**31, 1000).sum().backward()
+    assert scales.grad is not None and scales.grad.shape == (1,)
 
 
 @pytest.mark.slow

@@ -147,6 +147,31 @@ ACC = ops.dequantize_accumulate
             "`layouts` to differ in bits only, but got Layout",
         ),
         (
+            lambda: ops.Layout([16, 16], 4, starts=[0, 15]),
+            ValueError,
+            "`starts` and `sizes` to keep tensors apart, but one from 0 to 16 overlaps one from 15",
+        ),
+        (lambda: ops.unpack(P4, 4, 8, out=P4), ValueError, "`packed` to hold 4 bytes"),
+        (
+            lambda: ops.unpack(P4[:4], 4, 8, out=P4),
+            ValueError,
+            "`out` and `packed` not to share memory, but they overlap",
+        ),
+        (
+            lambda: ops.unpack_dequantize_table(P4, torch.zeros(2), ops.Layout([8, 8], 4), out=[X[:8], X[4:12]]),
+            ValueError,
+            "Expected the tensors of `out` not to share memory",
+        ),
+        (lambda: ops.rotate(X[:8], 8, out=X[4:12]), ValueError, "`out` and `x` not to share memory"),
+        (lambda: ops.rotate(X, 8, inverse="no"), TypeError, "`inverse` to be True or False, but got 'no'"),
+        (lambda: ops.rotate(X, 8, layout=[16]), TypeError, "`layout` to be a Layout, but got list"),
+        (lambda: ops.quantize_pack_table(X, [16]), TypeError, "`layout` to be a Layout, but got list"),
+        (
+            lambda: ops.quantize_pack(X, 4, out=P4),
+            TypeError,
+            r"`out` to be a pair of tensors \(packed, scales\), but got Tensor",
+        ),
+        (
             lambda: ops.dequantize_accumulate_table(X, [P4], [S1], [ops.Layout([16], 4)], [math.inf]),
             ValueError,
             "`weight` to be a finite float32, but got inf",
@@ -176,7 +201,7 @@ def test_the_kernels_check_sizes_too(cpp_backend: str) -> None:
     with pytest.raises(RuntimeError, match="Expected `packed` to have 500 elements, but got 8"):
         torch.ops.dynfed_lightning.unpack(P4, 4, 1000)
     with pytest.raises(RuntimeError, match="Expected `scales`"):
-        torch.ops.dynfed_lightning.dequantize_accumulate_many(X.clone(), [P4], [torch.zeros(0)], [4], 16, [1.0])
+        torch.ops.dynfed_lightning.dequantize_accumulate_many(X.clone(), [P4], [torch.zeros(0)], [4], 16, torch.ones(1))
     with pytest.raises(RuntimeError, match="Expected `bits`"):
         torch.ops.dynfed_lightning.quantize_pack(X, 9, 8, 0, 0, 1)
 

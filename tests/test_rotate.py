@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_fuzz_payload import reseal
 
 from dynfed_lightning import ops
 from dynfed_lightning.codec import Codec, CodecContext, Schema, inspect
@@ -97,20 +98,49 @@ def test_error_feedback_around_it_loses_nothing_over_time():
     assert float((total / 60 - x).norm() / x.norm()) < 0.05
 
 
-def test_numbers_too_large_to_mix_are_refused_and_hostile_ones_stay_finite():
-    top = torch.finfo(torch.float32).max
-    with pytest.raises(NonFiniteError, match="'w'"):
-        Codec(Rotate(64)).encode({"w": torch.full((64,), top)})
-    x = {"w": normal(256)}
-    codec = Codec(Rotate(64), Quantize(4, rounding="eden"))
-    payload = bytearray(codec.encode(x))
-    scale = Codec(Quantize(4, rounding="eden")).encode(x)  # its scales arena says where the scales are
-    assert len(scale) < len(payload)
-    from test_fuzz_payload import reseal
+def test_numbers_too_large_to_mix_are_refused() -> None:
+    with pytest.raises(
+        NonFiniteError, match="Expected 'w' to stay finite while it is encoded, but a value is too large"
+    ):
+        Codec(Rotate(64)).encode({"w": torch.full((64,), torch.finfo(torch.float32).max)})
 
-    at = bytes(payload).index(ops.quantize_pack(ops.rotate(x["w"], 64), 4, rounding="eden")[1].numpy().tobytes())
-    payload[at : at + 4] = torch.tensor([top]).numpy().tobytes()
-    assert codec.decode(reseal(bytes(payload)), Schema.of(x))["w"].isfinite().all()
+
+@pytest.mark.parametrize("divisor", [1, 130, 200, 1e4, 7e5])
+@pytest.mark.parametrize("n", [8192, 6000, 12345])
+@pytest.mark.parametrize("block", [64, 256, 4096, 8192])
+def test_hostile_numbers_decode_to_finite_ones(block: int, n: int, divisor: float) -> None:
+    """Sealed payloads whose rotated values are so large that their sums would overflow."""
+    large = torch.full((n,), torch.finfo(torch.float32).max / divisor)
+    for dtype in (torch.float32, torch.float16):
+        codec, x = Codec(Rotate(block)), {"w": normal(n).to(dtype)}
+        payload = codec.encode(x)
+        values = ops.rotate(x["w"], block).numpy().tobytes()
+        for hostile in (large, -large, ops.rotate(normal(n), block).sign() * large):
+            forged = reseal(payload.replace(values, hostile.numpy().tobytes()))
+            assert forged != payload
+            assert codec.decode(forged, Schema.of(x))["w"].isfinite().all()
+    codec, x = Codec(Rotate(block), Quantize(1, rounding="eden")), {"w": normal(n)}
+    payload = codec.encode(x)
+    scales = ops.quantize_pack(ops.rotate(x["w"], block), 1, rounding="eden")[1]
+    forged = reseal(payload.replace(scales.numpy().tobytes(), large[: scales.numel()].numpy().tobytes()))
+    assert forged != payload and codec.decode(forged, Schema.of(x))["w"].isfinite().all()
+
+
+def test_a_handful_of_values_that_carry_a_block_stay_biased() -> None:
+    """What the docstring says of sparse vectors: one Hadamard transform spreads two values over four points only."""
+    x = torch.zeros(4096)
+    x[0], x[1] = 1.0, 0.5
+    codec, total = Codec(Rotate(), Quantize(1, rounding="eden")), torch.zeros(4096)
+    for seed in range(50):
+        total += codec.decode(codec.encode({"w": x}, CodecContext(seed=seed)), Schema.of({"w": x}))["w"] / 50
+    assert float(total[0]) == pytest.approx(1.25, abs=0.02) and abs(float(total[1])) < 0.02
+
+
+@pytest.mark.parametrize("size", [1e-25, 1.0, 1e25])
+def test_steps_of_tiny_and_huge_updates(size: float) -> None:
+    codec, x = Codec(Rotate(), Quantize(4, rounding="nearest")), {"w": normal(1000) * size}
+    steps = codec.decode_full(codec.encode(x), Schema.of(x)).steps()["w"]
+    assert bool((steps > 0.1 * size).all()) and bool((steps < size).all())
 
 
 @pytest.mark.parametrize("block", [0, 3, 16384, -8, 8.0, True, "8"])

@@ -32,7 +32,7 @@ class Quantize(Stage):
         bits: 1 to 8, a `BitPolicy`, or None for no quantisation.
         bucket: how many values share a scale; a positive multiple of 8.
         rounding: ``"stochastic"`` (unbiased for 2 bits and more), ``"nearest"``, or ``"eden"``, which is meant for what `Rotate`
-            has rotated, unbiased there, and of the least error (`dynfed_lightning.ops`); `bucket` at most 65536 with it.
+            has rotated: there of small error and nearly unbiased (`dynfed_lightning.ops`); `bucket` at most 65536 with it.
 
     Raises:
         ValueError: an argument outside what is said above.
@@ -125,7 +125,8 @@ class Quantize(Stage):
                 continue
             # With one bit the levels are -s and s, twice a scale apart.
             scales = (next(rest) * (2.0 if bits == 1 else 1.0)).clamp(max=torch.finfo(torch.float32).max)
-            out.append(scales.repeat_interleave(self.bucket)[: part.numel].reshape(part.shape))
+            width = min(self.bucket, max(part.numel, 1))  # a bucket may be far larger than the tensor
+            out.append(scales.repeat_interleave(width)[: part.numel].reshape(part.shape))
         return out
 
     def bits(self, parts: tuple[Part, ...], meta: Meta) -> Sequence[int | None]:
