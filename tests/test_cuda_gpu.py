@@ -148,13 +148,15 @@ def test_work_on_another_stream_waits_for_what_was_put_there_before(
     step()
     expected = [t.clone() for t in outputs]
     x.zero_()
+    after = [torch.empty_like(t) for t in outputs]  # to allocate while the stream sleeps might wait for it
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         torch.cuda._sleep(500_000_000)  # about a quarter of a second
         x.copy_(new)
         step()
-        after = [t.clone() for t in outputs]
+        for copy, output in zip(after, outputs, strict=True):
+            copy.copy_(output)
     assert not side.query()  # it was still asleep when everything had been launched
     side.synchronize()
     assert all(same(a, b) for a, b in zip(after, expected, strict=True))

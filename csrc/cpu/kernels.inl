@@ -30,9 +30,9 @@
     default: { constexpr int B = 8; CALL; break; } \
   }
 
-// pack64 and unpack64 move four 16-byte pieces at a distance of 2 * B bytes.
+// pack64 and unpack64 move four 16-byte pieces at a distance of 2 * B bytes, or half a vector (2 bits), or a whole one.
 template <int B>
-constexpr int64_t kReach = 6 * B + 16;
+constexpr int64_t kReach = B == 1 || B == 4 ? 6 * B + 16 : B == 2 ? 32 : 64;
 constexpr int64_t kReachElements = 112;  // what the reach beyond 8 * B bytes is at most, in elements
 // Bytes ahead of each client's codes and of `out`: of many streams, each read in pieces, the hardware foresees too little.
 constexpr int64_t kAheadOfCodes = 2048, kAheadOfSums = 4096;
