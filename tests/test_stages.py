@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from test_fuzz_payload import reseal
 
 from dynfed_lightning import ops
 from dynfed_lightning.codec import Codec, CodecContext, Schema, inspect
@@ -111,6 +112,17 @@ def test_quantize_saturates_at_the_ends_of_the_range():
     )
     half = torch.tensor([65504.0, -65504.0] * 8, dtype=torch.float16)
     assert torch.equal(through(Codec(Quantize(8)), half), half)
+
+
+def test_the_lowest_code_that_no_encoder_writes_saturates_too():
+    """Level -8 of 4 bits, which only EDEN's rounding uses, times the largest scale is beyond float32."""
+    x = {"w": torch.full((16,), torch.finfo(torch.float32).max)}
+    codec = Codec(Quantize(4))
+    payload = codec.encode(x)
+    codes = ops.quantize_pack(x["w"], 4)[0].numpy().tobytes()
+    assert payload.endswith(codes)
+    decoded = codec.decode(reseal(payload[: -len(codes)] + bytes(len(codes))), Schema.of(x))["w"]
+    assert torch.equal(decoded, -x["w"])
 
 
 def test_quantize_policies_see_the_tensors_own_names():
