@@ -91,6 +91,12 @@ void expect_writes(void* data, int64_t bytes) {
 #endif
 }
 
+// For a tensor that somebody else is about to fill for the first time.
+void expect_writes_to(const Tensor& t) {
+  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous(), "Expected `t` to be a contiguous CPU tensor.");
+  expect_writes(t.mutable_data_ptr(), t.numel() * int64_t(t.element_size()));
+}
+
 // Where a kernel writes a whole tensor.
 template <class T>
 T* output(const Tensor& t) {
@@ -419,6 +425,7 @@ void rotate(const Tensor& x, const Tensor& table, int64_t block, int64_t seed, b
 
 STABLE_TORCH_LIBRARY(dynfed_lightning_cpu, m) {
   m.def("best_isa() -> int");
+  m.def("expect_writes(Tensor(a!) t) -> ()");
   m.def("pack(Tensor codes, Tensor(a!) packed, int bits, int isa) -> int");
   m.def("unpack(Tensor packed, Tensor(a!) codes, int bits, int isa) -> ()");
   m.def("quantize_pack(Tensor x, Tensor(a!) packed, Tensor(b!) scales, int bits, int bucket, int seed, int offset, "
@@ -435,6 +442,7 @@ STABLE_TORCH_LIBRARY(dynfed_lightning_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(dynfed_lightning_cpu, CompositeExplicitAutograd, m) { m.impl("best_isa", TORCH_BOX(&best_isa)); }
 
 STABLE_TORCH_LIBRARY_IMPL(dynfed_lightning_cpu, CPU, m) {
+  m.impl("expect_writes", TORCH_BOX(&expect_writes_to));
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("unpack", TORCH_BOX(&unpack));
   m.impl("quantize_pack", TORCH_BOX(&quantize_pack));

@@ -126,6 +126,12 @@ def load_error() -> str | None:
     return None
 
 
+@cache
+def best_instruction_set() -> int:
+    """The number of the best instruction set that this CPU and this build have."""
+    return torch.ops.dynfed_lightning_cpu.best_isa()
+
+
 def instruction_set() -> int:
     """The instruction set of ``DYNFED_CPU_ISA`` as the number the C++ kernels take; 0 is the best this CPU has.
 
@@ -136,7 +142,7 @@ def instruction_set() -> int:
     name = os.environ.get("DYNFED_CPU_ISA") or "auto"
     if name not in INSTRUCTION_SETS:
         raise ValueError(f"Expected `DYNFED_CPU_ISA` to be one of {', '.join(INSTRUCTION_SETS)}, but got {name!r}.")
-    wanted, best = INSTRUCTION_SETS[name], torch.ops.dynfed_lightning_cpu.best_isa()
+    wanted, best = INSTRUCTION_SETS[name], best_instruction_set()
     if wanted > best:
         has = [n for n, level in INSTRUCTION_SETS.items() if 0 < level <= best]
         raise RuntimeError(
@@ -150,5 +156,5 @@ def describe(device: torch.device | str = "cpu", operation: str = "quantize_pack
     name = choose(operation, torch.device(device)).__name__.rpartition("._")[2].removeprefix("ops_")
     if name != "cpu":
         return name
-    level = instruction_set() or torch.ops.dynfed_lightning_cpu.best_isa()
+    level = instruction_set() or best_instruction_set()
     return f"cpu ({next(n for n, v in INSTRUCTION_SETS.items() if v == level)})"

@@ -12,6 +12,11 @@ from ._ops_backends import instruction_set
 _C = torch.ops.dynfed_lightning_cpu
 
 
+def expect_writes(out: Tensor) -> None:
+    """Before `out`, fresh memory, is first filled by something else: large outputs then cost fewer page faults."""
+    _C.expect_writes(out)
+
+
 def pack(codes: Tensor, bits: int, out: Tensor) -> int:
     return _C.pack(codes, out, bits, instruction_set())
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from . import _ops_autograd
+from ._ops_backends import choose
 from ._ops_checks import (
     INPUT_DTYPES,
     MAX_ROTATE_BLOCK,
@@ -189,14 +191,14 @@ def rotate(
     if not isinstance(inverse, bool):
         raise TypeError(f"Expected `inverse` to be True or False, but got {inverse!r}.")
     check_tensor("x", x, INPUT_DTYPES)
-    layout = Layout([x.numel()], 8) if layout is None else layout
+    layout = _single(x) if layout is None else layout
     _check_layout(layout)
     if x.numel() < layout.numel:
         raise ValueError(f"Expected `x` to hold at least {layout.numel} values, but got {x.numel()}.")
     if out is None:
         if _ops_autograd.wanted(x):
             return _ops_autograd.rotate(x, layout.table, block, signed, inverse)
-        result = x.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        result = _fresh_copy(x)
         _OPS.rotate_(result, layout.table, block, signed, inverse)
         return result
     check_out("out", out, torch.float32, x.numel(), "x", x, apart=out is not x)
@@ -205,6 +207,24 @@ def rotate(
     _OPS.rotate_(out.detach(), layout.table, block, signed, inverse)
     written(out)
     return out
+
+
+def _fresh_copy(x: Tensor) -> Tensor:
+    """`x` as contiguous float32, in memory of its own."""
+    y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    if y.device.type == "cpu" and not torch.compiler.is_compiling() and type(y) is Tensor:
+        backend = choose("rotate", y.device)
+        if hasattr(backend, "expect_writes"):
+            backend.expect_writes(y)
+    return y.copy_(x.detach())
+
+
+_single_of = lru_cache(maxsize=64)(lambda n: Layout([n], 8))
+
+
+def _single(x: Tensor) -> Layout:
+    """The table of one vector. Making it takes longer than rotating a short one."""
+    return Layout([x.numel()], 8) if torch.compiler.is_compiling() else _single_of(x.numel())
 
 
 def _check_layout(value: Layout) -> None:
