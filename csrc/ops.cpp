@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <vector>
 
 #ifdef __linux__
@@ -79,13 +80,33 @@ void check_buffer(const char* name, const Tensor& t, ScalarType dtype, int64_t s
 
 // Asks for huge pages under a large output before it is first written. A fresh 256 MiB otherwise costs 65536 page faults, which
 // is several times what the kernels cost; memory that has its pages already is left as it is. Where this fails nothing is lost.
+// A virtual machine may have given free huge pages back to its host, and then waits milliseconds for each: so every page is
+// touched here, and after the first slow one the rest, and the next outputs, do with small pages.
 void expect_writes(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHugePage = 2 << 20;
+  constexpr auto kSlow = std::chrono::microseconds(1000);  // a page at hand takes 100 to 200, one of the host's 2700 here
+  constexpr int kPause = 16;
+  static std::atomic<int> pause{0};
   if (bytes < int64_t(2 * kHugePage)) return;
+  if (pause.load(std::memory_order_relaxed) > 0) {
+    pause.fetch_sub(1, std::memory_order_relaxed);
+    return;
+  }
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~(kHugePage - 1);
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) & ~(kHugePage - 1);
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  if (madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) != 0) return;
+  auto before = std::chrono::steady_clock::now();
+  for (uintptr_t page = begin; page < end; page += kHugePage) {
+    __atomic_fetch_or(reinterpret_cast<uint8_t*>(page), 0, __ATOMIC_RELAXED);  // a write that changes nothing
+    const auto now = std::chrono::steady_clock::now();
+    if (now - before > kSlow) {
+      madvise(reinterpret_cast<void*>(page), end - page, MADV_NOHUGEPAGE);
+      pause.store(kPause, std::memory_order_relaxed);
+      return;
+    }
+    before = now;
+  }
 #else
   (void)data, (void)bytes;
 #endif
