@@ -411,6 +411,16 @@ def test_compile_does_not_recompile_for_weights(any_backend: str) -> None:
         assert same(compiled(torch.zeros(200), 0.1 * (k + 1)), add(torch.zeros(200), 0.1 * (k + 1)))
 
 
+def test_asking_for_huge_pages_changes_nothing_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs are touched before they are written: a buffer that exists keeps its contents until then."""
+    select(monkeypatch, "cpu-scalar")
+    x = torch.arange(1 << 22, dtype=torch.int32)
+    for part in (x, x[1:], x[:3]):
+        before = part.clone()
+        torch.ops.dynfed_lightning_cpu.expect_writes(part)
+        assert torch.equal(part, before)
+
+
 def test_a_bucket_far_larger_than_the_vector(kernels: str) -> None:
     x = values(1000)
     packed, scales = ops.quantize_pack(x, 4, 2**31)
