@@ -62,10 +62,12 @@ from ._ops_checks import (
 from ._ops_layout import Layout
 from ._ops_register import OPERATORS as _OPS
 from ._ops_table import dequantize_accumulate_table, quantize_pack_table, rotate, unpack_dequantize_table
+from ._svd import TruncatedSVD, truncated_svd
 
 __all__ = [
     "ROUNDINGS",
     "Layout",
+    "TruncatedSVD",
     "backend",
     "dequantize_accumulate",
     "dequantize_accumulate_many",
@@ -76,6 +78,7 @@ __all__ = [
     "quantize_pack",
     "quantize_pack_table",
     "rotate",
+    "truncated_svd",
     "unpack",
     "unpack_dequantize",
     "unpack_dequantize_table",
