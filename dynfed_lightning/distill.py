@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynfed_lightning.predict import Forward, check_logits, client_probs, predict_probs, preserved
+from dynfed_lightning.batches import Inputs, inputs_of, num_rows, take, to_device
+from dynfed_lightning.predict import Forward, check_logits, client_probs, logits_or_output, predict_probs, preserved
 from dynfed_lightning.quiet import device_of, fixed_threads, isolated_rng, quiet_fit, quiet_trainer
 from dynfed_lightning.teachers import as_policy
 from dynfed_lightning.teaching import TeacherChoice, TeacherContext, TeacherPolicy, check_choice
@@ -32,8 +33,8 @@ class Public(Protocol):
     """What distillation needs of a public set."""
 
     @property
-    def inputs(self) -> Tensor:
-        """[n, ...]."""
+    def inputs(self) -> Inputs:
+        """[n, ...], or a mapping of such tensors."""
 
     @property
     def labels(self) -> Tensor | None:
@@ -82,12 +83,12 @@ class ServerDistiller(L.LightningModule):
     """Trains `student` on batches ``(inputs, soft labels)`` or ``(inputs, soft labels, labels)``.
 
     Args:
-        student: maps inputs to logits [B, C]; of a LightningModule only ``forward`` is used.
+        student: maps inputs to logits [B, C] or an output that has them; of a LightningModule only ``forward`` is used.
         gamma: see `distillation_loss`.
         lr: of Adam.
         loss: see `distillation_loss`.
         schedule: ``"cosine"``: the rate falls to 0 over the fit, step by step; ``None``: constant.
-        forward: ``forward(student, inputs) -> logits``; ``None``: ``student(inputs)``.
+        forward: ``forward(student, inputs) -> logits``; ``None``: `batches.call_model`.
     """
 
     def __init__(
@@ -107,23 +108,25 @@ class ServerDistiller(L.LightningModule):
         self.schedule = schedule
         self.logits_of = forward
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Inputs) -> Tensor:
         """The student's logits [B, C]."""
-        return self.student(inputs) if self.logits_of is None else self.logits_of(self.student, inputs)
+        return (
+            logits_or_output(self.student, inputs) if self.logits_of is None else self.logits_of(self.student, inputs)
+        )
 
-    def batch_loss(self, batch: Sequence[Tensor]) -> Tensor:
+    def batch_loss(self, batch: Sequence[Any]) -> Tensor:
         """`distillation_loss` of a batch."""
         inputs, soft, *rest = batch
         logits = check_logits(self(inputs), *soft.shape).to(soft.dtype)  # a low-precision Trainer's loss is not low
         return distillation_loss(logits, soft, rest[0] if rest else None, self.gamma, self.loss)
 
-    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
         """One batch of eq. 11."""
         return self.batch_loss(batch)
 
-    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Sequence[Any], batch_idx: int) -> None:
         """Log ``distill_val_loss``, the mean over the held-out samples."""
-        self.log("distill_val_loss", self.batch_loss(batch), on_epoch=True, batch_size=len(batch[0]))
+        self.log("distill_val_loss", self.batch_loss(batch), on_epoch=True, batch_size=len(batch[1]))
 
     def configure_optimizers(self) -> Any:
         """Adam over the student's trainable parameters, with the schedule if there is one."""
@@ -248,7 +251,7 @@ class Distillation:
             module: the network to run everything in; on its device.
             teachers: weights of the K clients, in the order of `ctx`.
             start: weights the student starts from: the clients' mean (FedDF line 6).
-            public: ``inputs`` [n, ...], and ``labels`` int64 [n] or ``None``.
+            public: ``inputs`` [n, ...] or a mapping of such tensors, and ``labels`` int64 [n] or ``None``.
             ctx: what is known of the clients; ``student_probs`` and ``generator`` are filled in where they are
                 ``None``, ``batch_size`` is this recipe's.
             steps: each client's quantiser steps (see `predict_probs`).
@@ -261,11 +264,12 @@ class Distillation:
                 [B, C], no client with finite predictions, or a context that lacks what the policy needs.
             RuntimeError: the student's weights did not stay finite.
         """
-        inputs, labels = public.inputs, public.labels
-        if len(inputs) < 2:
-            raise ValueError(f"Expected `public` to hold at least 2 samples, but it holds {len(inputs)}.")
-        if labels is not None and labels.shape != (len(inputs),):
-            raise ValueError(f"Expected `public.labels` to have shape [{len(inputs)}], but got {list(labels.shape)}.")
+        inputs, labels = inputs_of(public.inputs), public.labels
+        n = num_rows(inputs)
+        if n < 2:
+            raise ValueError(f"Expected `public` to hold at least 2 samples, but it holds {n}.")
+        if labels is not None and labels.shape != (n,):
+            raise ValueError(f"Expected `public.labels` to have shape [{n}], but got {list(labels.shape)}.")
         with fixed_threads(self.threads), isolated_rng(seed), preserved(module):
             draw = ctx.generator if ctx.generator is not None else torch.Generator().manual_seed(seed)
             own: dict[str, Any] = {"forward": forward, "num_classes": num_classes}
@@ -279,13 +283,13 @@ class Distillation:
             return self._train(module, inputs, choice, labels, seed, forward)
 
     def _train(
-        self, module: nn.Module, x: Tensor, choice: TeacherChoice, y: Tensor | None, seed: int, forward: Forward | None
+        self, module: nn.Module, x: Inputs, choice: TeacherChoice, y: Tensor | None, seed: int, forward: Forward | None
     ) -> DistillResult:
         soft = choice.soft_labels
         if self.temperature != 1:
             soft = (soft.clamp_min(torch.finfo(soft.dtype).tiny).log() / self.temperature).softmax(-1)
         gamma = 1.0 if y is None else 0.5 if self.gamma is None else self.gamma
-        data = [t.to(device_of(module)) for t in (x, soft, y) if t is not None]
+        data = [to_device(t, device_of(module)) for t in (x, soft, y) if t is not None]
         distiller = ServerDistiller(module, gamma, self.lr, self.loss, self.schedule, forward)
         flags = [(m, m.training) for m in module.modules()]
         before = _mean_loss(distiller, data)
@@ -294,10 +298,11 @@ class Distillation:
         callbacks = list(self.trainer_kwargs.get("callbacks") or [])
         shown, val, best = data, None, None
         if self.early_stop_patience is not None:
-            held = min(len(x) - 1, max(1, int(len(x) * self.val_fraction)))
-            order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(data[0].device)
-            val = Batches([t[order[:held]] for t in data], self.batch_size, seed=None)
-            shown = [t[order[held:]] for t in data]
+            n = len(soft)
+            held = min(n - 1, max(1, int(n * self.val_fraction)))
+            order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+            val = Batches([take(t, order[:held]) for t in data], self.batch_size, seed=None)
+            shown = [take(t, order[held:]) for t in data]
             best = _KeepBest(self.early_stop_patience)
             callbacks.append(best)
         trainer = quiet_trainer(module, **{"max_epochs": self.epochs, **self.trainer_kwargs, "callbacks": callbacks})
@@ -333,7 +338,7 @@ def choose_among_finite(policy: TeacherPolicy, probs: Tensor, ctx: TeacherContex
 
 
 class Batches:
-    """Mini-batches of aligned tensors; the k-th iteration's order is a function of (`seed`, k) only.
+    """Mini-batches of aligned tensors, or mappings of such; the k-th iteration's order is a function of (`seed`, k) only.
 
     A last batch of one sample joins the one before it: batch normalisation cannot train on a single sample.
 
@@ -343,11 +348,11 @@ class Batches:
         seed: of the order; ``None``: as they are.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], batch_size: int, seed: int | None) -> None:
+    def __init__(self, tensors: Sequence[Any], batch_size: int, seed: int | None) -> None:
         self.tensors = tensors
         self.seed = seed
         self.epoch = 0
-        n = len(tensors[0])
+        n = num_rows(tensors[0])
         self.bounds = [*range(0, n, batch_size), n]
         if len(self.bounds) > 2 and self.bounds[-1] - self.bounds[-2] == 1:
             del self.bounds[-2]
@@ -355,7 +360,7 @@ class Batches:
     def __len__(self) -> int:
         return len(self.bounds) - 1
 
-    def __iter__(self) -> Iterator[list[Tensor]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         n = self.bounds[-1]
         order = torch.arange(n)
         if self.seed is not None:
@@ -364,7 +369,7 @@ class Batches:
             order = torch.randperm(n, generator=torch.Generator().manual_seed(mixed))
         self.epoch += 1
         for low, high in zip(self.bounds, self.bounds[1:], strict=False):
-            yield [t[order[low:high].to(t.device)] for t in self.tensors]
+            yield [take(t, order[low:high]) for t in self.tensors]
 
 
 class _KeepBest(L.Callback):
@@ -389,11 +394,12 @@ class _KeepBest(L.Callback):
 
 
 @torch.no_grad()
-def _mean_loss(distiller: ServerDistiller, data: Sequence[Tensor], size: int = 512) -> float:
+def _mean_loss(distiller: ServerDistiller, data: Sequence[Any], size: int = 512) -> float:
     """Eq. 11 over all samples, in eval mode."""
     distiller.student.eval()
-    n = len(data[0])
+    n = num_rows(data[0])
     losses = [
-        float(distiller.batch_loss([t[i : i + size] for t in data])) * min(size, n - i) for i in range(0, n, size)
+        float(distiller.batch_loss([take(t, slice(i, i + size)) for t in data])) * min(size, n - i)
+        for i in range(0, n, size)
     ]
     return sum(losses) / n

@@ -1,4 +1,4 @@
-"""Judging models on the test set: accuracy and cross-entropy from ``module(inputs)``, and what the user's own step logs."""
+"""Judging models on the test set: accuracy and cross-entropy of what they return, and what the user's own step logs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torchmetrics.aggregation import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from dynfed_lightning.batches import logits_of, split_batch
+from dynfed_lightning.batches import call_model, logits_of, num_rows, split_batch, take
 from dynfed_lightning.module import ClientModule
 
 
@@ -29,11 +29,12 @@ def check_outputs(module: L.LightningModule, data: L.LightningDataModule, num_cl
     loader = data.val_dataloader()
     inputs, _ = split_batch(next(iter(loader)))
     probe = copy.deepcopy(module).eval().to("cpu")
-    output = logits_of(probe(inputs[:2]))
+    rows = take(inputs, 2)
+    output = logits_of(call_model(probe, rows))
     if output.ndim != 2 or output.shape[1] != num_classes:
         raise ValueError(
             f"Expected a model with outputs of shape [batch, {num_classes}], as the data has {num_classes} classes, "
-            f"but {type(module).__name__} gives {list(output.shape)} for a batch of {len(inputs[:2])}."
+            f"but {type(module).__name__} gives {list(output.shape)} for a batch of {num_rows(rows)}."
         )
 
 
@@ -65,7 +66,7 @@ class Evaluator:
         for module, accuracy, loss in zip(self._models, self._accuracy, self._loss, strict=True):
             training = module.training
             module.eval()
-            logits = logits_of(module(inputs)).float()
+            logits = logits_of(call_model(module, inputs)).float()
             module.train(training)
             accuracy.update(logits, targets)
             loss.update(F.cross_entropy(logits, targets), weight=len(targets))

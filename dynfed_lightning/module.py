@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dynfed_lightning.batches import split_batch
+from dynfed_lightning.batches import call_model, logits_of, split_batch
 
 _OPTIMIZERS = ("sgd", "adam", "adamw")
 
@@ -19,7 +19,8 @@ class ClientModule(L.LightningModule):
     """A network, cross-entropy and an optimiser.
 
     Args:
-        model: maps inputs ``[B, ...]`` to logits ``[B, C]``.
+        model: maps inputs ``[B, ...]``, or for text the entries of a dict such as ``input_ids`` and ``attention_mask``, to
+            logits ``[B, C]`` or to an output that has ``logits``, such as a Hugging Face model's.
         lr: learning rate, > 0.
         optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``.
         momentum: of SGD, in [0, 1).
@@ -63,14 +64,14 @@ class ClientModule(L.LightningModule):
         self.weight_decay = weight_decay
         self.label_smoothing = label_smoothing
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[B, C]`` of inputs ``[B, ...]``."""
-        return self.model(x)
+    def forward(self, x: Any) -> Any:
+        """The model's output for inputs ``[B, ...]`` or a dict of them: logits ``[B, C]``, or an output that has them."""
+        return call_model(self.model, x)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Cross-entropy of one batch: ``(inputs, targets)`` or a dict with the usual names."""
         inputs, targets = split_batch(batch)
-        return F.cross_entropy(self(inputs), targets, label_smoothing=self.label_smoothing)
+        return F.cross_entropy(logits_of(self(inputs)), targets, label_smoothing=self.label_smoothing)
 
     def configure_optimizers(self) -> Optimizer:
         """The optimiser the constructor names, over what is trainable."""

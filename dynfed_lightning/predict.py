@@ -12,15 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from dynfed_lightning.batches import Inputs, call_model, logits_of, num_rows, take, to_device
 from dynfed_lightning.quiet import device_of, isolated_rng
 from dynfed_lightning.tensors import Tensors, load_weights, travelling
 
-Forward = Callable[[nn.Module, Tensor], Tensor]
+Forward = Callable[[nn.Module, Any], Tensor]
 
 
 def has_dropout(module: nn.Module) -> bool:
@@ -50,7 +52,7 @@ def preserved(module: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def predict_probs(
     module: nn.Module,
-    inputs: Tensor,
+    inputs: Inputs,
     passes: int = 4,
     steps: Mapping[str, Tensor] | None = None,
     generator: torch.Generator | None = None,
@@ -65,13 +67,13 @@ def predict_probs(
     passes would be the same and one is made. The module comes back exactly as it was, the global random state too.
 
     Args:
-        module: maps a batch of inputs to logits [B, C].
-        inputs: [N, ...]; batches are moved to the module's device.
+        module: maps a batch of inputs to logits [B, C] or an output that has them.
+        inputs: [N, ...], or a mapping of such tensors; batches are moved to the module's device.
         passes: M, at least 1; 1 is one deterministic pass.
         steps: the quantiser's step of each weight, in the weight's shape or broadcasting to it.
         generator: the source of the draws, on the CPU; ``None``: a new one seeded 0.
         batch_size: samples in a forward pass.
-        forward: ``forward(module, batch) -> logits``; ``None``: ``module(batch)``.
+        forward: ``forward(module, batch) -> logits``; ``None``: `batches.call_model`.
         num_classes: C, checked if given.
 
     Returns:
@@ -83,8 +85,9 @@ def predict_probs(
     """
     if passes < 1 or batch_size < 1:
         raise ValueError(f"Expected `passes` and `batch_size` to be at least 1, but got {passes} and {batch_size}.")
-    if inputs.ndim < 1 or len(inputs) == 0:
-        raise ValueError(f"Expected `inputs` to hold at least one sample, but got shape {list(inputs.shape)}.")
+    if (isinstance(inputs, Tensor) and inputs.ndim < 1) or num_rows(inputs) == 0:
+        shape = list(inputs.shape) if isinstance(inputs, Tensor) else {k: list(v.shape) for k, v in inputs.items()}
+        raise ValueError(f"Expected `inputs` to hold at least one sample, but got shape {shape}.")
     draw = generator if generator is not None else torch.Generator().manual_seed(0)
     live = travelling(module)[0]
     dropout = passes > 1 and has_dropout(module)
@@ -114,7 +117,7 @@ def predict_probs(
 def client_probs(
     module: nn.Module,
     weights: Sequence[Tensors],
-    inputs: Tensor,
+    inputs: Inputs,
     passes: int = 4,
     steps: Sequence[Mapping[str, Tensor] | None] | None = None,
     generator: torch.Generator | None = None,
@@ -163,6 +166,15 @@ def check_logits(logits: object, batch: int, num_classes: int | None) -> Tensor:
     return logits
 
 
+def logits_or_output(module: nn.Module, inputs: Inputs) -> Any:
+    """The logits in the module's output, or the output itself where it has none, for `check_logits` to name."""
+    output = call_model(module, inputs)
+    try:
+        return logits_of(output)
+    except ValueError:
+        return output
+
+
 def _drops(m: nn.Module) -> bool:
     if isinstance(m, _DropoutNd):
         return m.p > 0
@@ -178,11 +190,12 @@ def _fitting(steps: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> dict[st
     return {name: steps[name] for name in live if name in steps}
 
 
-def _one_pass(module: nn.Module, inputs: Tensor, size: int, forward: Forward | None, num_classes: int | None) -> Tensor:
+def _one_pass(module: nn.Module, inputs: Inputs, size: int, forward: Forward | None, num_classes: int | None) -> Tensor:
     device = device_of(module)
     rows = []
-    for start in range(0, len(inputs), size):
-        batch = inputs[start : start + size].to(device)
-        logits = check_logits(module(batch) if forward is None else forward(module, batch), len(batch), num_classes)
+    for start in range(0, num_rows(inputs), size):
+        batch = to_device(take(inputs, slice(start, start + size)), device)
+        logits = logits_or_output(module, batch) if forward is None else forward(module, batch)
+        logits = check_logits(logits, num_rows(batch), num_classes)
         rows.append(logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1))
     return torch.cat(rows)
