@@ -29,7 +29,10 @@ OPERATIONS = (
     "unpack_dequantize_table",
     "accumulate_table",
     "rotate",
+    "symmetric_eigh",
+    "squared_norm",
 )
+DENSE = ("symmetric_eigh", "squared_norm")
 # Per device and operation the backends that `auto` takes, the first that can run here. CUDA C++ owns all of them on a GPU until
 # a measurement there says otherwise.
 OWNERS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -71,9 +74,10 @@ def choose(operation: str, device: torch.device) -> ModuleType:
             raise RuntimeError(
                 f"Expected `DYNFED_BACKEND` to be a backend that can run here, but got {name!r}: {reason}."
             )
-        return _load(name)
+        # A backend may leave the operations on small matrices to torch's own.
+        return _load(name) if operation not in DENSE or hasattr(_load(name), operation) else _reference
     for owner in OWNERS.get(device.type, {}).get(operation, ()):
-        if missing(owner) is None:
+        if missing(owner) is None and hasattr(_load(owner), operation):
             return _load(owner)
     _say_once(device.type)
     return _reference

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import _reference
 from ._ops_backends import instruction_set
 
 _C = torch.ops.dynfed_lightning_cpu
@@ -64,3 +65,11 @@ def accumulate_table(
 
 def rotate(x: Tensor, table: Tensor, block: int, seed: int, inverse: bool) -> None:
     _C.rotate(x, table, block, seed, inverse, instruction_set())
+
+
+def symmetric_eigh(a: Tensor, w: Tensor, v: Tensor) -> None:
+    _reference.symmetric_eigh(a, w, v)
+
+
+def squared_norm(a: Tensor, out: Tensor) -> None:
+    _reference.squared_norm(a, out)

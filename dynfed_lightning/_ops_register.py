@@ -213,4 +213,32 @@ def _rotate(x: Tensor, table: Tensor, block: int, seed: int, inverse: bool) -> N
     choose("rotate", x.device).rotate(x.view(-1), table, block, seed, inverse)
 
 
+# ---- dense matrices, for the truncated SVD ----
+
+
+def _eigh_size(a: Tensor) -> tuple[Tensor, Tensor]:
+    return a.new_empty(a.shape[:2]), a.new_empty(a.shape)
+
+
+@_operator("symmetric_eigh(Tensor a) -> (Tensor, Tensor)", _eigh_size)
+def _symmetric_eigh(a: Tensor) -> tuple[Tensor, Tensor]:
+    w, v = _eigh_size(a)
+    if a.numel():
+        choose("symmetric_eigh", a.device).symmetric_eigh(a.contiguous(), w, v)
+    return w, v
+
+
+def _norm_size(a: Tensor) -> Tensor:
+    return a.new_empty(a.shape[:1], dtype=torch.float64)
+
+
+@_operator("squared_norm(Tensor a) -> Tensor", _norm_size)
+def _squared_norm(a: Tensor) -> Tensor:
+    out = _norm_size(a)
+    if not a.numel():
+        return out.zero_()
+    choose("squared_norm", a.device).squared_norm(a.contiguous(), out)
+    return out
+
+
 OPERATORS = torch.ops.dynfed_lightning

@@ -2,7 +2,8 @@
 
 Every backend must return the same bits as this file, on any machine and for any number of threads or shards. To make that
 possible nothing here depends on an order of summation: scales are integer maxima, randomness is a pure function of
-(seed, global index), and no floating-point addition follows a product except one fused multiply-add.
+(seed, global index), and no floating-point addition follows a product except one fused multiply-add. The two exceptions are
+`symmetric_eigh` and `squared_norm`, which backends must match to a tolerance their docstrings state.
 
 Randomness: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). Rounding: the unbiased
 quantiser of QSGD (Alistarh et al., NeurIPS 2017, eq. 3) with the bucket's absolute maximum for its norm.
@@ -13,6 +14,7 @@ are contiguous, and flat but for those in lists; `dynfed_lightning.ops` has chec
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -319,3 +321,36 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     towards_error = torch.where((error > 0) == (total > 0), 1, -1)
     odd = torch.where((error != 0) & torch.isfinite(total) & (pattern & 1 == 0), pattern + towards_error, pattern)
     return odd.view(torch.float64).to(torch.float32)
+
+
+# ---- dense matrices ----
+
+
+def symmetric_eigh(a: Tensor, w: Tensor, v: Tensor) -> None:
+    """Eigenvalues and eigenvectors of symmetric matrices: ``a[b] = v[b] @ diag(w[b]) @ v[b].T``.
+
+    Backends agree on eigenvalues to 1e-12 of the largest magnitude; residual and orthogonality are within 1e-11 of it and of
+    1. Signs of eigenvectors, and bases of equal eigenvalues, are the backend's own. A matrix's result does not depend on the
+    others, nor on threads.
+
+    Args:
+        a: float64 [B, l, l], symmetric; a matrix with NaN or infinity gives NaN throughout.
+        w: float64 [B, l], descending.
+        v: float64 [B, l, l], eigenvectors as columns.
+    """
+    finite = torch.isfinite(a).all(dim=2).all(dim=1)
+    values, vectors = torch.linalg.eigh(torch.where(finite[:, None, None], a, 0.0))
+    w.copy_(torch.where(finite[:, None], values.flip(1), math.nan))
+    v.copy_(torch.where(finite[:, None, None], vectors.flip(2), math.nan))
+
+
+def squared_norm(a: Tensor, out: Tensor) -> None:
+    """Squared Frobenius norm of each matrix, in float64 sums: backends agree to 1e-13 relative.
+
+    Args:
+        a: float32, float64, bfloat16 or float16 [B, m, n].
+        out: float64 [B]; NaN and infinity propagate.
+    """
+    step = max(CHUNK // max(a[0].numel(), 1), 1)
+    for i in range(0, a.shape[0], step):
+        out[i : i + step] = a[i : i + step].to(torch.float64).square().sum(dim=(1, 2))
