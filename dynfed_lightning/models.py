@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dynfed_lightning.encoder import TextEncoder
 from dynfed_lightning.partition import check_int
 
 _NORMS = ("batch", "group", "none")
@@ -226,6 +227,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet10": _resnet(10),
     "resnet14": _resnet(14),
     "resnet20": _resnet(20),
+    "text_encoder": TextEncoder,
 }
 
 
