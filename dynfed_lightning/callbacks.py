@@ -1,11 +1,12 @@
 """Lightning callbacks that run inside a client's training; each works in any ``L.Trainer`` too.
 
-They edit gradients in ``on_before_optimizer_step``, which Lightning calls after mixed precision has unscaled them and
-before they are clipped, so they are exact under every precision.
+`ExtraLoss` is the base of those that add to the loss. The others edit gradients in ``on_before_optimizer_step``, which
+Lightning calls after mixed precision has unscaled them and before they are clipped, so they are exact under every precision.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,6 +53,67 @@ class GradientNorm(L.Callback):
         if self._sum is None or self._count is None:
             return 0.0
         return float(self._sum) / max(float(self._count), 1.0)
+
+
+class ExtraLoss(L.Callback):
+    """Base of callbacks that add a term to the loss of any module that optimises automatically.
+
+    While training runs, the module's ``training_step`` is wrapped; the module's own class and its other hooks stay as they
+    are. What the step returned is passed to `extra`, and what that returns takes the place of the loss. A batch for which
+    the step returns no loss is skipped, as ever.
+    """
+
+    _wrapped: L.LightningModule | None = None
+
+    def extra(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor, batch: Any, batch_idx: int
+    ) -> Tensor:
+        """The loss that is differentiated instead of `loss`, a scalar with a graph."""
+        raise TypeError(f"{type(self).__name__} does not define `extra`.")
+
+    def before_step(self, pl_module: L.LightningModule, batch: Any) -> None:
+        """Called right before the module's own ``training_step``."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Wrap the module's ``training_step``.
+
+        Raises:
+            ValueError: the module optimises manually, so there is no loss to add to.
+        """
+        if not pl_module.automatic_optimization:
+            raise ValueError(
+                f"Expected a module with automatic optimisation under {type(self).__name__}, which adds to its loss, "
+                f"but {type(pl_module).__name__} optimises manually."
+            )
+        original = pl_module.training_step
+
+        @functools.wraps(original)
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            batch = args[0] if args else kwargs["batch"]
+            index = args[1] if len(args) > 1 else kwargs.get("batch_idx", 0)
+            self.before_step(pl_module, batch)
+            output = original(*args, **kwargs)
+            loss = output.get("loss") if isinstance(output, Mapping) else output
+            if loss is None:
+                return output
+            total = self.extra(trainer, pl_module, loss, batch, index)
+            return {**output, "loss": total} if isinstance(output, Mapping) else total
+
+        object.__setattr__(pl_module, "training_step", training_step)
+        self._wrapped = pl_module
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Give the module its own ``training_step`` back."""
+        self._unwrap()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """As `on_train_end`."""
+        self._unwrap()
+
+    def _unwrap(self) -> None:
+        if self._wrapped is not None:
+            self._wrapped.__dict__.pop("training_step", None)
+            self._wrapped = None
 
 
 class ProximalTerm(L.Callback):

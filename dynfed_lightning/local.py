@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from torchmetrics import Metric
 
 from dynfed_lightning.callbacks import ScaleLearningRate, TrainingLoss
 from dynfed_lightning.errors import ClientFailure
+from dynfed_lightning.optimizers import one_optimizer
 from dynfed_lightning.quiet import fixed_threads, isolated_rng, quiet_fit, quiet_trainer
 from dynfed_lightning.schedules import Exponential, Schedule, as_schedule
 
@@ -115,6 +117,9 @@ class LocalExecutor:
         tracker = TrainingLoss()
         mine = [copy.deepcopy(c) for c in self.callbacks]
         scale = [ScaleLearningRate(factor)] if factor != 1.0 else []
+        for callback in (*callbacks, *mine):
+            if hasattr(callback, "lr_factor"):  # it steps optimisers that the Trainer does not know of
+                callback.lr_factor = factor
         with fixed_threads(self.threads), isolated_rng(seed):
             metrics = self._run(module, data, [*scale, tracker, *callbacks, *mine], seed)
         module.to("cpu")  # from here on it is arithmetic on what travels
@@ -207,6 +212,7 @@ _LOOP_HOOKS = frozenset(
         "on_before_optimizer_step",
         "on_after_backward",
         "on_before_backward",
+        "on_exception",
     }
 )
 # What may be overridden without the bare loop having to call it: it has no checkpoints and no evaluation.
@@ -254,8 +260,9 @@ class LoopLocal(LocalExecutor):
 
     It runs ``training_step``, the module's own single optimiser and epoch- or step-wise scheduler, gradient accumulation-free,
     in float32, and the hooks ``on_train_{start,end}``, ``on_train_epoch_{start,end}``, ``on_train_batch_{start,end}``,
-    ``on_before_backward``, ``on_after_backward`` and ``on_before_optimizer_step`` of the module and of callbacks.
-    Whatever else a module or callback overrides is refused when the federation is set up, by name.
+    ``on_before_backward``, ``on_after_backward`` and ``on_before_optimizer_step`` of the module and of callbacks, and the
+    callbacks' ``on_exception``. Whatever else a module or callback overrides is refused when the federation is set up, by
+    name.
 
     Args:
         max_epochs: see `LocalExecutor`, as the next four.
@@ -285,32 +292,7 @@ class LoopLocal(LocalExecutor):
         self._optimizers(module)
 
     def _optimizers(self, module: L.LightningModule) -> tuple[Optimizer, list[Any]]:
-        found: Any = module.configure_optimizers()
-        advice = "use local='trainer'."
-        schedulers: list[Any] = []
-        if isinstance(found, Mapping):
-            schedulers = [found["lr_scheduler"]] if found.get("lr_scheduler") is not None else []
-            found = found["optimizer"]
-        elif isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], (list, tuple)):
-            found, schedulers = found[0], list(found[1])
-        if isinstance(found, (list, tuple)):
-            if len(found) != 1 or not isinstance(found[0], Optimizer):
-                raise ValueError(
-                    f"local='loop' expects one optimizer, but `configure_optimizers` returned {len(found)}: {advice}"
-                )
-            found = found[0]
-        if not isinstance(found, Optimizer):
-            raise ValueError(f"local='loop' expects one torch optimizer, but got {type(found).__name__}: {advice}")
-        configs = []
-        for s in schedulers:
-            config = dict(s) if isinstance(s, Mapping) else {"scheduler": s}
-            if isinstance(config["scheduler"], torch.optim.lr_scheduler.ReduceLROnPlateau):
-                raise ValueError(f"local='loop' has no metric for ReduceLROnPlateau: {advice}")
-            unknown = config.keys() - {"scheduler", "interval", "frequency", "name"}
-            if unknown:
-                raise ValueError(f"local='loop' does not honour {sorted(unknown)} of a scheduler: {advice}")
-            configs.append(SimpleNamespace(**{"interval": "epoch", "frequency": 1, **config}))
-        return found, configs
+        return one_optimizer(module, "local='loop'", "use local='trainer'.")
 
     def _run(
         self, module: L.LightningModule, data: ClientData, callbacks: list[L.Callback], seed: int
@@ -372,7 +354,7 @@ class LoopLocal(LocalExecutor):
             trainer.global_step += 1
             return outputs[0]
 
-        with torch.enable_grad():
+        with torch.enable_grad(), _told_of_exceptions(trainer, module, callbacks):
             call("on_train_start")
             while not trainer.should_stop:
                 call("on_train_epoch_start")
@@ -396,6 +378,17 @@ class LoopLocal(LocalExecutor):
                 if (self.max_steps < 0 and trainer.current_epoch >= self.max_epochs) or trainer.global_step == 0:
                     break
             call("on_train_end")
+
+
+@contextmanager
+def _told_of_exceptions(trainer: Any, module: L.LightningModule, callbacks: Sequence[L.Callback]) -> Iterator[None]:
+    """Callbacks may have changed the module for the time of the training: let them put it right whatever happens."""
+    try:
+        yield
+    except BaseException as error:
+        for callback in callbacks:
+            callback.on_exception(trainer, module, error)
+        raise
 
 
 class _LoopTrainer(SimpleNamespace):

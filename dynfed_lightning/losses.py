@@ -81,14 +81,14 @@ def masked_mse(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
     Returns:
         a scalar.
     """
-    square = (precise(a) - precise(b)).square()
+    a, b = precise(a), precise(b)
     if mask is None:
-        return square.mean()
-    while square.ndim > mask.ndim:
-        square = square.mean(-1)
-    kept = mask.to(square.dtype)
-    # A padding position may hold anything, infinities included: it is cut out, not multiplied by 0.
-    return torch.where(mask, square, 0).sum() / kept.sum().clamp_min(1)
+        return (a - b).square().mean()
+    shape = mask.shape + (1,) * (a.ndim - mask.ndim)
+    # Cut out before the square: a padding position may hold anything, and infinity times 0 is no number.
+    square = torch.where(mask.view(shape), a - b, 0).square()
+    values = a.numel() // max(mask.numel(), 1)  # at each place
+    return square.sum() / (mask.sum() * values).clamp_min(1)
 
 
 def hidden_mse(projected: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Sides:
