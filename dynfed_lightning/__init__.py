@@ -29,7 +29,7 @@ _HOMES = {
     "resources": ["DrawnResources", "GivenResources", "Resources", "TableResources", "UniformResources"],
     "schedules": ["Constant", "Cosine", "Exponential", "Linear"],
     "schema": ["Schema"],
-    "stages": ["Cast", "ErrorFeedback", "Quantize", "Rotate", "TopK"],
+    "stages": ["Cast", "ErrorFeedback", "LowRank", "Quantize", "Rotate", "TopK"],
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [*sorted(_HOME_OF), "__version__"]
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from dynfed_lightning.resources import DrawnResources, GivenResources, Resources, TableResources, UniformResources
     from dynfed_lightning.schedules import Constant, Cosine, Exponential, Linear
     from dynfed_lightning.schema import Schema
-    from dynfed_lightning.stages import Cast, ErrorFeedback, Quantize, Rotate, TopK
+    from dynfed_lightning.stages import Cast, ErrorFeedback, LowRank, Quantize, Rotate, TopK
 
 
 def __getattr__(name: str) -> Any:

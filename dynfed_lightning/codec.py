@@ -17,7 +17,7 @@ from dynfed_lightning import wire
 from dynfed_lightning.errors import MalformedPayloadError, NonFiniteError, SchemaMismatchError
 from dynfed_lightning.inspection import Inspection, TensorRow
 from dynfed_lightning.schema import DTYPE_NAMES, Schema, TensorSpec
-from dynfed_lightning.stages import ErrorFeedback, Quantize, from_wire_name
+from dynfed_lightning.stages import ErrorFeedback, LowRank, Quantize, from_wire_name, low_rank
 from dynfed_lightning.stages.base import (
     CodecContext,
     Part,
@@ -47,10 +47,14 @@ class Decoded:
     Args:
         tensors: the decoded tensors, with the schema's names, shapes and dtypes, on the CPU.
         bits: per name the bit-width it was quantised to, None where it was not.
+        ranks: per name the rank of the factors it was sent as, None where it was sent whole.
+        energy: the share of every matrix's energy that the factors were to keep; None without such a stage.
     """
 
     tensors: Tensors
     bits: dict[str, int | None]
+    ranks: dict[str, int | None] = field(default_factory=dict)
+    energy: float | None = None
     _steps: Callable[[], Tensors] = field(default=dict, repr=False)
 
     def steps(self) -> Tensors:
@@ -93,6 +97,15 @@ class Codec:
     def lossless(self) -> bool:
         """Whether decoding returns the very same bits, whatever the context."""
         return all(s.lossless for s in self.stages)
+
+    def check_rounds(self, num_rounds: int | None) -> None:
+        """Check, before any training, that the stages know what to do in the first and the last of so many rounds.
+
+        Raises:
+            ValueError: a schedule gives a value out of range, or needs to know how many rounds there are.
+        """
+        for leaf in self._leaves:
+            leaf.check_rounds(num_rounds)
 
     @torch.no_grad()
     def encode(self, tensors: Tensors, ctx: CodecContext | None = None, schema: Schema | None = None) -> bytes:
@@ -158,7 +171,9 @@ class Codec:
             return {name: t for name, t in zip(schema.names, carried, strict=True) if t is not None}
 
         named = dict(zip(schema.names, tensors, strict=True))
-        return Decoded(named, _bits(self._leaves, layers, blob.metas, schema), steps)
+        bits = _bits(self._leaves, layers, blob.metas, schema)
+        ranks = _ranks(self._leaves, layers, blob.metas, schema)
+        return Decoded(named, bits, ranks, _energy(self._leaves, blob.metas), steps)
 
     def __repr__(self) -> str:
         return f"Codec({'|'.join(s.wire_name for s in self.stages)})"
@@ -184,10 +199,16 @@ def inspect(payload: bytes, schema: Schema | None = None) -> Inspection:
     blob = wire.read(payload, wire.MAX_HEADER if schema is None else _header_limit(schema))
     stages = [from_wire_name(name) for name in blob.chain]
     counts: dict[int | None, int] = {}
+    ranked: dict[int | None, int] = {}
+    energy = None
     for stage, meta in zip(stages, blob.metas, strict=False):
         if isinstance(stage, Quantize):
             for width, count in parse_runs(meta):
                 counts[width] = counts.get(width, 0) + count
+        elif isinstance(stage, LowRank):
+            energy = stage.threshold(meta) if energy is None else energy
+            for rank, count in low_rank.parse_runs(low_rank.rank_text(meta)):
+                ranked[rank] = ranked.get(rank, 0) + count
     arenas = {name: (a.dtype, a.numel, a.stop - a.start) for name, a in blob.arenas.items()}
     rows = None
     if schema is not None:
@@ -196,15 +217,18 @@ def inspect(payload: bytes, schema: Schema | None = None) -> Inspection:
         if len(leaves) == len(stages):
             layers = layout_chain(leaves, parts_of(schema), blob.metas)
             _places(layers[-1], blob)
-            bits = _bits(leaves, layers, blob.metas, schema)
+            bits, ranks = (found(leaves, layers, blob.metas, schema) for found in (_bits, _ranks))
             cost = dict.fromkeys(schema.names, 0)
             for part in layers[-1]:
                 cost[part.origin] += part.num_bytes
             rows = [
-                TensorRow(s.name, s.shape, s.dtype, bits[s.name], cost[s.name], s.numel * s.dtype.itemsize)
+                TensorRow(
+                    s.name, s.shape, s.dtype, bits[s.name], cost[s.name], s.numel * s.dtype.itemsize, ranks[s.name]
+                )
                 for s in schema
             ]
-    return Inspection(len(payload), blob.header_bytes, blob.schema_hash, blob.chain, arenas, counts, rows)
+    hashed = blob.schema_hash
+    return Inspection(len(payload), blob.header_bytes, hashed, blob.chain, arenas, counts, rows, ranked, energy)
 
 
 def _header_limit(schema: Schema) -> int:
@@ -276,6 +300,24 @@ def _bits(
             if width is not None and part.numel > largest.get(part.origin, 0):
                 bits[part.origin], largest[part.origin] = width, part.numel
     return bits
+
+
+def _ranks(
+    leaves: Sequence[Stage], layers: Sequence[tuple[Part, ...]], metas: Sequence[Any], schema: Schema
+) -> dict[str, int | None]:
+    """Per tensor of the schema, the rank that the first stage which factored it, or a part of it, gave it."""
+    ranks: dict[str, int | None] = dict.fromkeys(schema.names)
+    for stage, parts, meta in zip(leaves, layers, metas, strict=False):
+        for part, rank in zip(parts, stage.ranks(parts, meta), strict=True):
+            if rank is not None and ranks[part.origin] is None:
+                ranks[part.origin] = rank
+    return ranks
+
+
+def _energy(leaves: Sequence[Stage], metas: Sequence[Any]) -> float | None:
+    """The share of the energy that the first stage which goes by it was to keep."""
+    shares = (leaf.threshold(meta) for leaf, meta in zip(leaves, metas, strict=True))
+    return next((share for share in shares if share is not None), None)
 
 
 def _gather(table: Table) -> dict[str, tuple[str, list[np.ndarray]]]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dynfed_lightning.bits import InstructedBits, PatternBits
 from dynfed_lightning.codec import Codec, CodecContext, Schema, as_codec, inspect
 from dynfed_lightning.errors import MalformedPayloadError, NonFiniteError, SchemaMismatchError
-from dynfed_lightning.stages import Cast, ErrorFeedback, Quantize, Rotate, TopK
+from dynfed_lightning.stages import Cast, ErrorFeedback, LowRank, Quantize, Rotate, TopK
 
 CHAINS = {
     "identity": lambda: Codec(),
@@ -32,6 +32,12 @@ CHAINS = {
     "efeden": lambda: Codec(ErrorFeedback(Codec(Rotate(256), Quantize(1, rounding="eden")))),
     "topkeden": lambda: Codec(TopK(0.5), Rotate(8), Quantize(2, rounding="eden")),
     "f16eden": lambda: Codec(Cast(torch.float16), Rotate(32), Quantize(4, rounding="eden")),
+    "lowrank": lambda: Codec(LowRank(0.7)),
+    "lowrankq": lambda: Codec(LowRank(0.7), Quantize(4)),
+    "lowrankf16": lambda: Codec(LowRank(0.7), Cast(torch.float16)),
+    "lowranktopk": lambda: Codec(LowRank(0.7), TopK(0.5), Quantize(8)),
+    "lowrankeden": lambda: Codec(LowRank(0.7), Rotate(), Quantize(3, rounding="eden")),
+    "eflowrank": lambda: Codec(ErrorFeedback(LowRank(0.7, max_rank=3), Quantize(4))),
     "nested": lambda: Codec(Codec(TopK(0.1)), Codec(Quantize(4))),
 }
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,

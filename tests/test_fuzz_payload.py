@@ -28,7 +28,7 @@ from dynfed_lightning.errors import (
     SchemaMismatchError,
     TruncatedPayloadError,
 )
-from dynfed_lightning.stages import Cast, Quantize, Rotate, TopK
+from dynfed_lightning.stages import Cast, LowRank, Quantize, Rotate, TopK
 
 
 def table() -> dict[str, torch.Tensor]:
@@ -49,6 +49,8 @@ CODECS = {
     "topk": Codec(TopK(0.2), Quantize(4)),
     "rotate": Codec(Rotate(64), Quantize(3, rounding="eden")),
     "cast": Codec(Cast(torch.float16)),
+    "lowrank": Codec(LowRank(0.75)),
+    "lowrankq": Codec(LowRank(0.75), Quantize(3, bucket=16)),
     "identity": Codec(),
 }
 PAYLOADS = {name: codec.encode(table(), CodecContext(seed=1), SCHEMA) for name, codec in CODECS.items()}
@@ -130,13 +132,15 @@ def test_every_single_bit_flip_is_found(name):
 def test_every_resealed_bit_flip_is_refused_or_harmless():
     for name, payload in PAYLOADS.items():
         size = wire.read(payload).header_bytes
-        seed = payload.index(b"[1,") + 1 if name == "rotate" else -1  # another seed undoes another rotation
+        free = [payload.index(b"[1,") + 1] if name == "rotate" else []  # another seed undoes another rotation
+        if name.startswith("lowrank"):  # the energy is for people only
+            free = [payload.index(b"[[0.75") + i for i in (4, 5)]
         for position in range(len(payload)):
             damaged = bytearray(payload)
             damaged[position] ^= 1 << (position % 8)
             ok = sound_or_refused(name, reseal(bytes(damaged)))
             # In the header only the checksum's own place may change, since sealing overwrites it.
-            assert position >= size or position == seed or ok == (wire._CRC.start <= position < wire._CRC.stop)
+            assert position >= size or position in free or ok == (wire._CRC.start <= position < wire._CRC.stop)
 
 
 @settings(max_examples=300)
@@ -290,6 +294,25 @@ def test_topk_shares_that_do_not_fit_are_refused(share):
     refused(forged("topk", edit), MalformedPayloadError, name="topk")
 
 
+@pytest.mark.parametrize(
+    "meta",
+    [
+        '[0.75,"4"]', '[0.75,"-"]', '[0.75,"0"]', '[0.75,"2"]', '[0.75,"3*1"]', '[0.75,"3,"]', '[0.75,",3"]',
+        '[0.75,"3*2"]', '[0.75,""]', '[0.75,"03"]', '[0.75,"-3"]', '[0.75," 3"]', '[0.75,"3\\n"]',
+        '[0.75,"999999999"]', '[0.75,"3*999999999"]', '[0.75,3]', '[0.75,[3]]', '["0.75","3"]', '[1,"3"]',
+        '[0.0,"3"]', '[1.5,"3"]', '[true,"3"]', '[0.75000001,"3"]', '[-0.75,"3"]', '[null,"3"]', '"3"', "3", '["3"]',
+        '[0.75,"3",0]', "null", '{"3":0.75}', "[]",
+    ],
+)  # fmt: skip
+def test_ranks_that_do_not_fit_the_schema_are_refused(meta):
+    """One matrix, 9 x 7, which at most three triples make smaller: it came with three."""
+    edit = lambda h: h["__metadata__"].update(index=f"[{meta}]")  # noqa: E731
+    assert split(PAYLOADS["lowrank"])[0]["__metadata__"]["index"] == '[[0.75,"3"]]'
+    refused(forged("lowrank", edit), MalformedPayloadError, name="lowrank")
+    with pytest.raises(MalformedPayloadError):
+        inspect(forged("lowrank", edit), SCHEMA)
+
+
 def edited_arena(name: str, arena: str, kind: str, edit: Callable[[np.ndarray], Any]) -> bytes:
     payload = bytearray(PAYLOADS[name])
     place = wire.read(PAYLOADS[name]).arenas[arena]
@@ -315,6 +338,23 @@ def test_negative_scales_and_strange_booleans_are_refused():
 def test_huge_scales_still_decode_to_finite_numbers():
     payload = edited_arena("quantize", "scales", "<f4", lambda a: a.fill(np.finfo(np.float32).max))
     assert sound_or_refused("quantize", payload)
+
+
+def test_huge_factors_still_decode_to_finite_numbers():
+    top = np.finfo(np.float32).max
+    payload = edited_arena("lowrank", "singular", "<f4", lambda a: a.fill(top))
+    assert sound_or_refused("lowrank", payload)
+    payload = edited_arena("lowrank", "raw.F32", "<f4", lambda a: a.fill(-top))
+    assert sound_or_refused("lowrank", payload)
+    w = CODECS["lowrank"].decode(payload, SCHEMA)["w"]
+    assert torch.equal(w, torch.full((9, 7), top))
+    payload = edited_arena("lowrankq", "scales", "<f4", lambda a: a.fill(top))
+    assert sound_or_refused("lowrankq", payload)
+
+
+def test_negative_singular_values_are_refused():
+    payload = edited_arena("lowrank", "singular", "<f4", lambda a: a.__setitem__(1, -1.0))
+    refused(payload, MalformedPayloadError, "no negative singular value of 'w'", "lowrank")
 
 
 def test_unused_bits_must_be_zero():
@@ -388,6 +428,8 @@ def test_refusing_allocates_next_to_nothing():
         forged("quantize", lambda h: h["codes"].update(shape=[2**61], data_offsets=[72, 72 + 2**61])),
         forged("quantize", lambda h: h["__metadata__"].update(index='["c999999999"]')),
         forged("quantize", lambda h: h["__metadata__"].update(index="[" + "[]," * 15000 + "[]]")),
+        forged("lowrank", lambda h: h["__metadata__"].update(index='[[0.75,"3*999999999"]]')),
+        forged("lowrank", lambda h: h["__metadata__"].update(index='[[0.75,"999999999"]]')),
         struct.pack("<Q", 2**63) + PAYLOADS["quantize"][8:],
         PAYLOADS["quantize"] + bytes(8 << 20),
         reseal(PAYLOADS["quantize"] + bytes(8 << 20)),

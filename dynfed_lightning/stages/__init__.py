@@ -10,6 +10,7 @@ from dynfed_lightning.errors import MalformedPayloadError
 from dynfed_lightning.stages.base import CodecContext, Part, Stage, Table
 from dynfed_lightning.stages.cast import Cast
 from dynfed_lightning.stages.error_feedback import ErrorFeedback
+from dynfed_lightning.stages.low_rank import LowRank
 from dynfed_lightning.stages.quantize import Quantize
 from dynfed_lightning.stages.rotate import Rotate
 from dynfed_lightning.stages.topk import TopK
@@ -18,6 +19,7 @@ __all__ = [
     "Cast",
     "CodecContext",
     "ErrorFeedback",
+    "LowRank",
     "Part",
     "Quantize",
     "Rotate",
@@ -49,4 +51,5 @@ def from_wire_name(name: str) -> Stage | None:
             return Cast(_CASTS[argument])
     except ValueError as error:
         raise MalformedPayloadError(str(error)) from None
-    return TopK(fraction=1.0) if name == "topk" else None
+    plain = {"topk": TopK(fraction=1.0), "lowrank": LowRank(1.0)}
+    return plain.get(name)

@@ -113,9 +113,9 @@ class Table(NamedTuple):
 class Stage:
     """One reversible compression step. Stateless: `encode` may keep things in ``ctx.state`` only.
 
-    A subclass gives `wire_name`, `encode`, `layout`, `decode`, and where there is something to check or to say, `check`,
-    `steps` and `bits`. Values in ``ctx.state`` are replaced, never edited in place: the codec drops the replacement if a
-    later step fails.
+    A subclass gives `wire_name`, `encode`, `layout`, `decode`, and where there is something to check or to say,
+    `check_rounds`, `check`, `steps`, `bits`, `ranks` and `threshold`. Values in ``ctx.state`` are replaced, never edited in
+    place: the codec drops the replacement if a later step fails.
     """
 
     lossless: bool = False
@@ -129,6 +129,13 @@ class Stage:
     def leaves(self) -> tuple[Stage, ...]:
         """The stages that a receiver needs to undo this one: itself, or what a wrapper wraps."""
         return (self,)
+
+    def check_rounds(self, num_rounds: int | None) -> None:
+        """Check, before any training, that the first and the last of so many rounds can be encoded.
+
+        Raises:
+            ValueError: a schedule gives a value out of range, or needs to know how many rounds there are.
+        """
 
     def run(self, table: Table, ctx: CodecContext) -> tuple[Table, list[Meta]]:
         """`encode`, with one `Meta` per leaf."""
@@ -167,6 +174,14 @@ class Stage:
     def bits(self, parts: tuple[Part, ...], meta: Meta) -> Sequence[int | None]:
         """The bit-width that this stage gave to each of `parts`."""
         return [None] * len(parts)
+
+    def ranks(self, parts: tuple[Part, ...], meta: Meta) -> Sequence[int | None]:
+        """The rank of the factors that this stage made of each of `parts`; None: not factored."""
+        return [None] * len(parts)
+
+    def threshold(self, meta: Meta) -> float | None:
+        """The share of the energy that this stage was to keep; None: it does not go by that."""
+        return None
 
 
 def flatten(stages: Iterable[Any]) -> tuple[Stage, ...]:

@@ -53,8 +53,12 @@ class TopK(Stage):
     def wire_name(self) -> str:
         return "topk"
 
+    def check_rounds(self, num_rounds: int | None) -> None:
+        for t in {0, (num_rounds or 1) - 1} if self.k is None else ():
+            self._fraction(t, num_rounds)
+
     def encode(self, table: Table, ctx: CodecContext) -> tuple[Table, Meta]:
-        meta: Meta = self.k if self.k is not None else self._fraction(ctx)
+        meta: Meta = self.k if self.k is not None else self._fraction(ctx.round, ctx.num_rounds)
         parts: list[Part] = []
         tensors: list[Tensor] = []
         for part, tensor in zip(table.parts, table.tensors, strict=True):
@@ -112,12 +116,10 @@ class TopK(Stage):
             out.append(step)
         return out
 
-    def _fraction(self, ctx: CodecContext) -> float:
-        value = self.fraction(ctx.round, ctx.num_rounds) if callable(self.fraction) else self.fraction
+    def _fraction(self, round: int, num_rounds: int | None) -> float:
+        value = self.fraction(round, num_rounds) if callable(self.fraction) else self.fraction
         if not _is_fraction(value):
-            raise ValueError(
-                f"Expected `fraction` to be above 0 and at most 1 in round {ctx.round}, but got {value!r}."
-            )
+            raise ValueError(f"Expected `fraction` to be above 0 and at most 1 in round {round}, but got {value!r}.")
         return float(value)  # type: ignore[arg-type]
 
 
