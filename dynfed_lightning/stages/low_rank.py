@@ -113,7 +113,7 @@ class LowRank(Stage):
             if cap is not None and left:
                 _take(found, left, ops.truncated_svd(stack[left], rank=cap, seed=seed))
         except ValueError:
-            if bool((stack.abs() <= _MAX).all()):
+            if bool(torch.isfinite(stack.float()).all()):
                 raise
             # NaN, infinity, or too large for float32: whole, they reach the codec, which refuses what is not finite.
             return [None] * len(stack)
