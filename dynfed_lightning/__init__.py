@@ -15,7 +15,18 @@ __version__ = "0.1.0"
 # used without Lightning.
 _HOMES = {
     "algorithm": ["Algorithm", "Client", "Received", "Reply", "Server", "Update"],
-    "algorithms": ["Centralised", "DAdaQuant", "DynFed", "FedAvg", "FedDF", "FedPAQ", "FedProx", "Local", "Scaffold"],
+    "algorithms": [
+        "Centralised",
+        "DAdaQuant",
+        "DynFed",
+        "FedAvg",
+        "FedDF",
+        "FedKD",
+        "FedPAQ",
+        "FedProx",
+        "Local",
+        "Scaffold",
+    ],
     "callbacks": ["GradientNorm", "GradientShift", "ProximalTerm", "ScaleLearningRate"],
     "codec": ["Codec", "CodecContext", "inspect"],
     "data": ["FederatedDataModule"],
@@ -24,6 +35,7 @@ _HOMES = {
     "federation": ["Federation"],
     "local": ["LoopLocal", "TrainerLocal"],
     "module": ["ClientModule"],
+    "mutual": ["MutualDistillation"],
     "partition": ["Dirichlet", "IID", "Natural", "Pathological", "Shards"],
     "recorder": ["RoundProgress", "RunRecorder"],
     "resources": ["DrawnResources", "GivenResources", "Resources", "TableResources", "UniformResources"],
@@ -42,6 +54,7 @@ if TYPE_CHECKING:
         DynFed,
         FedAvg,
         FedDF,
+        FedKD,
         FedPAQ,
         FedProx,
         Local,
@@ -55,6 +68,7 @@ if TYPE_CHECKING:
     from dynfed_lightning.federation import Federation
     from dynfed_lightning.local import LoopLocal, TrainerLocal
     from dynfed_lightning.module import ClientModule
+    from dynfed_lightning.mutual import MutualDistillation
     from dynfed_lightning.partition import IID, Dirichlet, Natural, Pathological, Shards
     from dynfed_lightning.recorder import RoundProgress, RunRecorder
     from dynfed_lightning.resources import DrawnResources, GivenResources, Resources, TableResources, UniformResources

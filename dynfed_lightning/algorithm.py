@@ -135,6 +135,7 @@ class Server:
         num_classes: C, or None where the task has none.
         public: the public set, or None.
         seed: the run's seed.
+        probe: gives a batch of the clients' form, for checks before training; None where there is none.
     """
 
     def __init__(
@@ -148,6 +149,7 @@ class Server:
         num_classes: int | None,
         public: PublicSet | None,
         seed: int,
+        probe: Callable[[], Any] | None = None,
     ) -> None:
         self.module = module
         self.new_module = new_module
@@ -157,6 +159,7 @@ class Server:
         self.num_classes = num_classes
         self.public = public
         self.seed = seed
+        self.probe = probe
         self.round = 0
         self.num_rounds: int | None = None
         self.cohort: list[int] = []
@@ -215,6 +218,7 @@ class Algorithm:
         reply_scalars: the scalars a reply must bring, finite numbers; one without is left out of the round.
         requires_public: the method cannot run without a public set.
         personalised: clients are judged by their own models (`personal_model`), not by the global one.
+        reports_global: of a personalised method, whether the global model is judged too (``global_accuracy``).
         pooled: train on all clients' rows in one place (the centralised end of the scale).
         communicates: False for the ends of the scale, where nothing travels and no bytes are counted.
     """
@@ -224,6 +228,7 @@ class Algorithm:
     reply_scalars: tuple[str, ...] = ()
     requires_public: bool = False
     personalised: bool = False
+    reports_global: bool = False
     pooled: bool = False
     communicates: bool = True
 
@@ -304,9 +309,20 @@ class Algorithm:
                 )
 
     def personal_model(
-        self, client_state: Mapping[str, Any], module: L.LightningModule, global_weights: Tensors
+        self,
+        client_state: Mapping[str, Any],
+        module: L.LightningModule,
+        global_weights: Tensors,
+        client_id: int | None = None,
     ) -> L.LightningModule:
-        """The model that this client is judged by; default: the global one. `module` is a fresh copy to load into."""
+        """The model that this client is judged by; default: the global one.
+
+        Args:
+            client_state: what the client remembers; empty before its first round.
+            module: a fresh copy of the user's module, to load into.
+            global_weights: what travels of the global model.
+            client_id: whose model; None where the caller does not say.
+        """
         load_weights(module, global_weights)
         return module
 

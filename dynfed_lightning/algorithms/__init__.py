@@ -5,8 +5,9 @@ from dynfed_lightning.algorithms.dynfed import DynFed
 from dynfed_lightning.algorithms.ends import Centralised, Local
 from dynfed_lightning.algorithms.fedavg import FedAvg
 from dynfed_lightning.algorithms.feddf import FedDF
+from dynfed_lightning.algorithms.fedkd import FedKD
 from dynfed_lightning.algorithms.fedpaq import FedPAQ
 from dynfed_lightning.algorithms.fedprox import FedProx
 from dynfed_lightning.algorithms.scaffold import Scaffold
 
-__all__ = ["Centralised", "DAdaQuant", "DynFed", "FedAvg", "FedDF", "FedPAQ", "FedProx", "Local", "Scaffold"]
+__all__ = ["Centralised", "DAdaQuant", "DynFed", "FedAvg", "FedDF", "FedKD", "FedPAQ", "FedProx", "Local", "Scaffold"]

@@ -39,7 +39,11 @@ class Local(Algorithm):
         server.apply({n: torch.zeros_like(t) for n, t in server.weights().items()})
 
     def personal_model(
-        self, client_state: Mapping[str, Any], module: L.LightningModule, global_weights: Tensors
+        self,
+        client_state: Mapping[str, Any],
+        module: L.LightningModule,
+        global_weights: Tensors,
+        client_id: int | None = None,
     ) -> L.LightningModule:
         """The client's own model; the common start for a client that has not trained yet."""
         load_weights(module, client_state.get("weights", global_weights))

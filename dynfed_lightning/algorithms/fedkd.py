@@ -1,0 +1,219 @@
+"""FedKD: a large model that stays, a small one that travels, each learning from the other; updates travel as low-rank factors.
+
+Reference:
+    Wu, Wu, Lyu, Huang, Xie. Communication-efficient federated learning via knowledge distillation. Nature Communications
+    13:2032, 2022, arXiv 2108.13323.
+
+======================  ======================================================================================
+paper                   here
+======================  ======================================================================================
+student (mentee)        `module`: the federation's module, what travels
+teacher (mentor)        ``client.state["teacher"]``, `teacher`: the client's own, never sent; it is what is judged
+L_t, L_s (eq. 1-7)      `dynfed_lightning.mutual.MutualDistillation`, `dynfed_lightning.losses`
+W_h                     ``client.state["projections"]``, one per pair of layers, never sent
+g_i = U S V (eq. 8)     `LowRank`, the first stage of `uplink` and `downlink`
+T(t) (eq. 9)            `energy`, a schedule over the rounds
+T_start, T_end          ``Linear(0.95, 0.98)``
+sum_i n_i g_i / n       ``weighted_mean`` of the decoded factors; the server factorises it again for the way down
+======================  ======================================================================================
+
+Where the paper is silent: both models are compared layer by layer from the top, over tokens that are not padding; W_h learns
+from the student's loss; the teacher's optimiser starts anew every round like the student's (`keep_optimizer` keeps it); D is
+at least `floor`. Beyond the paper, off by default: quantised factors (`bits`) and error feedback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from dynfed_lightning.algorithm import Client, CodecLike, Received, Reply, Server, Update, total_examples
+from dynfed_lightning.algorithms._local_models import LocalModels, kept, remembered
+from dynfed_lightning.algorithms.fedavg import FedAvg
+from dynfed_lightning.codec import Codec
+from dynfed_lightning.local import LocalExecutor
+from dynfed_lightning.mutual import MutualDistillation
+from dynfed_lightning.schedules import Schedule
+from dynfed_lightning.seeds import derive_seed
+from dynfed_lightning.stages import ErrorFeedback, LowRank, Quantize, Stage
+from dynfed_lightning.stages.low_rank import FEDKD
+from dynfed_lightning.tensors import Tensors, difference, load_weights, travelling, weighted_mean, weights_of
+
+
+class FedKD(FedAvg):
+    """Federated learning by adaptive mutual distillation; the federation's module is the student.
+
+    Clients are judged by their teachers (``accuracy``), and the student beside them (``global_accuracy``). Per round
+    ``teacher_loss`` and ``student_loss`` are the mean task losses; ``train_loss`` is the student's.
+
+    Args:
+        teacher: a network or LightningModule that every client starts from, a mapping from client id to such a model, or a
+            function of the client id (clients may have different architectures). A network trains with the student's
+            recipe: its optimiser's class, learning rate and defaults; a LightningModule with its own.
+        energy: T of eq. 9, the share of a matrix's squared norm that its factors keep, in (0, 1], or a schedule over rounds;
+            default ``Linear(0.95, 0.98)``.
+        uplink: codec of the student's update; default ``Codec(LowRank(energy))``.
+        downlink: of the mean update, factorised again; default the same.
+        bits: also quantise the factors, both ways, to 1 to 8 bits.
+        error_feedback: clients add what their last upload lost to their next.
+        downlink_feedback: what the last download lost is part of the next. The paper's server forgets it: it goes on from
+            what its clients hold.
+        distil: False: teacher and student are trained side by side, neither learning from the other.
+        hidden: the hidden loss L_h: ``"auto"``, where both models return hidden states; True, insist; False, without.
+        attentions: attention maps in L_h, likewise.
+        adaptive: False: distillation is not divided by D.
+        svd: False: updates travel as they are (or quantised, with `bits`).
+        layer_map: see `MutualDistillation`, as the next two.
+        features: pairs (student's layer, teacher's layer) by name, for models that return only logits.
+        projection: have W_h.
+        floor: the least D. A client of one class soon has task losses near 0, which would let L_h / D run away.
+        keep_optimizer: the teacher's optimiser state stays on the client from round to round.
+        teacher_optimizer: makes the teachers' optimiser from their parameters, instead of the above.
+
+    Raises:
+        TypeError: `teacher` is none of these.
+        ValueError: an argument out of range.
+    """
+
+    personalised = True
+    reports_global = True
+    reply_scalars = ("loss", "teacher_loss")
+
+    def __init__(
+        self,
+        teacher: nn.Module | Mapping[int, nn.Module] | Callable[[int], nn.Module],
+        energy: float | Schedule = FEDKD,
+        *,
+        uplink: CodecLike = None,
+        downlink: CodecLike = None,
+        bits: int | None = None,
+        error_feedback: bool = False,
+        downlink_feedback: bool = False,
+        distil: bool = True,
+        hidden: bool | str = "auto",
+        attentions: bool | str = "auto",
+        adaptive: bool = True,
+        svd: bool = True,
+        layer_map: int | Sequence[tuple[int, int]] | None = None,
+        features: Sequence[tuple[str, str]] = (),
+        projection: bool = True,
+        floor: float = 1e-2,
+        keep_optimizer: bool = False,
+        teacher_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
+    ) -> None:
+        if (uplink is not None and error_feedback) or (
+            uplink is not None and downlink is not None and bits is not None
+        ):
+            raise ValueError("Expected `bits` and `error_feedback`, or codecs of your own, but got both.")
+        chain: list[Stage] = [LowRank(energy)] if svd else []
+        chain += [] if bits is None else [Quantize(bits)]
+        up = Codec(ErrorFeedback(*chain)) if error_feedback else Codec(*chain)
+        super().__init__(
+            uplink=up if uplink is None else uplink, downlink=Codec(*chain) if downlink is None else downlink
+        )
+        self.teachers = LocalModels(teacher, "teacher")
+        self.energy = energy
+        self.downlink_feedback = downlink_feedback
+        self.keep_optimizer = keep_optimizer
+        self.teacher_optimizer = teacher_optimizer
+        self._distillation: dict[str, Any] = {
+            "hidden": hidden,
+            "attentions": attentions,
+            "layer_map": layer_map,
+            "features": features,
+            "projection": projection,
+            "adaptive": adaptive,
+            "weight": 1.0 if distil else 0.0,
+            "floor": floor,
+        }
+        self._seed = 0
+
+    # ------------------------------------------------------------------ set-up
+
+    def setup(self, server: Server, executor: LocalExecutor) -> None:
+        """Check that teacher and student fit together, on a batch if there is one.
+
+        Raises:
+            ValueError: no logits, other classes, layers or sizes that do not match; a client without a teacher.
+        """
+        super().setup(server, executor)
+        self._seed = server.seed
+        self.teachers.check_clients(server.num_clients)
+        for client_id in self.teachers.kinds(server.num_clients):
+            student = server.new_module().to("cpu")
+            teacher = self.teachers.fresh(client_id, student, server.seed)
+            mutual = self._mutual(client_id, teacher, student)
+            if server.probe is not None:
+                mutual.check(student, server.probe())
+
+    def _mutual(self, client_id: int, teacher: L.LightningModule, student: L.LightningModule) -> MutualDistillation:
+        return MutualDistillation(
+            teacher,
+            role="student",
+            peer_optimizer=self.teacher_optimizer or self.teachers.optimizer(teacher, student),
+            seed=derive_seed(self._seed, "W_h", client_id),
+            **self._distillation,
+        )
+
+    # ------------------------------------------------------------------ client
+
+    def client_step(self, client: Client, module: L.LightningModule, received: Received) -> Update:
+        """Train student and teacher on the same batches, each learning from the other; upload the student's update."""
+        names = load_weights(module, received.tensors)
+        teacher = self.teachers.restore(client.id, client.state, module, self._seed)
+        own = kept(teacher)
+        mutual = self._mutual(client.id, teacher, module)
+        mutual.load_state_dict({n: client.state[n] for n in ("projections", "optimizer") if n in client.state})
+        result = client.fit(module, callbacks=[mutual])
+        client.state["client"] = client.id
+        client.state["teacher"] = remembered(teacher, own)
+        memory = mutual.state_dict()
+        for name in ("projections", *(("optimizer",) if self.keep_optimizer else ())):
+            if memory.get(name):
+                client.state[name] = _on_cpu(memory[name])
+        losses = mutual.means
+        scalars = {
+            "loss": losses.get("student_loss", result.loss or 0.0),
+            "teacher_loss": losses.get("teacher_loss", 0.0),
+        }
+        return Update(difference(weights_of(module, names), received.tensors), scalars=scalars)
+
+    def personal_model(
+        self,
+        client_state: Mapping[str, Any],
+        module: L.LightningModule,
+        global_weights: Tensors,
+        client_id: int | None = None,
+    ) -> L.LightningModule:
+        """The client's teacher; as it starts, for a client that has not trained yet."""
+        return self.teachers.restore(client_id, client_state, module, self._seed)
+
+    # ------------------------------------------------------------------ server
+
+    def server_step(self, server: Server, replies: Sequence[Reply]) -> None:
+        """``w_t+1 = w^_t + sum_k (n_k / n) g^_k``, w^_t what the clients hold and g^_k their updates as decoded."""
+        update = weighted_mean([r.tensors for r in replies], total_examples(replies))
+        if not self.downlink_feedback:
+            _, raw = travelling(server.module)
+            lost = difference({n: server.received[n] for n in update if n not in raw}, server.weights())
+            update = {n: t + lost[n] if n in lost else t for n, t in update.items()}
+        server.apply(update)
+        total = sum(r.num_examples for r in replies)
+        for name, scalar in (("student_loss", "loss"), ("teacher_loss", "teacher_loss")):
+            server.metrics[name] = sum(r.scalars[scalar] * r.num_examples for r in replies) / total
+        for r in replies:
+            server.client_metrics[r.client_id] = {"teacher_loss": r.scalars["teacher_loss"]}
+
+
+def _on_cpu(value: Any) -> Any:
+    """A copy of nested dicts and lists, tensors and all, on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {k: _on_cpu(v) for k, v in value.items()}
+    return [_on_cpu(v) for v in value] if isinstance(value, list) else value
