@@ -1,0 +1,367 @@
+"""The algorithm of `ops.truncated_svd`: a randomised range finder with a certified energy, and the full Gram where it pays.
+
+A step of the range finder holds a sketch Z, whose columns span nearly the leading singular subspace of one side:
+
+1. ``Q = orthonormal(Z)``, from the float64 Gram of Z (SVQB: Stathopoulos and Wu, SIAM J. Sci. Comput. 2002);
+2. ``W = A Q`` (or ``A.T Q``), and the eigenvalues w of the float64 Gram ``W.T W``: as ``||A - A Q Q.T||**2 = ||A||**2 - sum(w)``
+   exactly, the first k of them are an energy that U, S and V really hold (Rayleigh-Ritz);
+3. the host reads w, once for all matrices, and decides for each: accept; iterate, with W for the next Z, which costs one more
+   pass over A; widen, with W and new random columns; or give up and take the full Gram.
+
+Products with A are in the input's precision. All that squares a condition number is in float64 and small.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._ops_register import OPERATORS as _OPS
+
+FULL_SIDE = 48  # up to this smaller side the full Gram is the quickest
+FULL_SHARE = 0.4  # a sketch of more columns than this share of the smaller side costs more than the full Gram
+FULL_ENERGY = 1 - 1e-5  # beyond this float32 products are too coarse to tell what is left
+OVERSAMPLE = 16
+DROP = 1e-13  # of a Gram with unit diagonal: directions below are rounding
+EPS32 = 2.0**-23
+STEEP = 1e4  # a ratio of singular values from which dividing by them no longer gives orthonormal vectors
+MOST_PASSES = 6
+FULL_CHUNK = 1 << 25  # values of float64 at once
+
+
+class Wanted(NamedTuple):
+    """What to keep: values up to a share `energy`, or `rank` of them (`energy` None); at most `cap`."""
+
+    energy: float | None
+    rank: int
+    cap: int
+    seed: int
+
+
+class Part(NamedTuple):
+    """The factors of the matrices `which` of a batch, all of one width; beyond its `rank` a matrix's are undefined."""
+
+    which: Tensor
+    u: Tensor
+    s: Tensor
+    vh: Tensor
+    rank: Tensor
+
+
+def decompose(a: Tensor, energies: Tensor, wanted: Wanted) -> list[Part]:
+    """All matrices of ``a`` [B, m, n], float32 or float64, finite, whose squared norms are `energies`; any order."""
+    zero = energies == 0
+    parts: list[Part] = []
+    if bool(zero.any()):
+        index = zero.nonzero().flatten()
+        parts.append(_no_part(a, index))
+    if not bool(zero.all()):
+        index = (~zero).nonzero().flatten()
+        with _full_precision():
+            parts += _search(_Batch.select(a, energies, index), wanted)
+    return parts
+
+
+def _no_part(a: Tensor, index: Tensor) -> Part:
+    """Rank 0."""
+    b, (m, n) = len(index), a.shape[1:]
+    u, s, vh = (torch.empty(shape, device=a.device) for shape in ((b, m, 0), (b, 0), (b, 0, n)))
+    return Part(index, u, s, vh, torch.zeros(b, dtype=torch.int64))
+
+
+# ---- the batch, and what is known of it ----
+
+
+class _Batch(NamedTuple):
+    which: Tensor  # places in the whole batch, on the host
+    a: Tensor  # [B, m, n]
+    energies: Tensor  # float64 [B] on the host
+    scale: Tensor | None  # powers of two [B, 1, 1] that bring norms near 1, where some are extreme
+
+    @staticmethod
+    def select(a: Tensor, energies: Tensor, index: Tensor) -> _Batch:
+        """The matrices `index`; a copy of them unless they are all."""
+        energies = energies[index]
+        if len(index) < a.shape[0]:
+            a = a[index.to(a.device)]
+        # Squares of norms beyond these leave float32. A power of two changes no mantissa; it stays a normal number.
+        half = (energies.log2() / 2).round()
+        half = torch.where(half.abs() > 30, half, 0).clamp(-100, 100)
+        scale = None
+        if bool(half.any()):
+            scale = torch.exp2(-half).to(a.dtype).to(a.device)[:, None, None]
+        return _Batch(index, a, energies, scale)
+
+    def take(self, places: list[int]) -> _Batch:
+        """Some of these matrices."""
+        if len(places) == len(self.which):
+            return self
+        here = torch.tensor(places)
+        there = here.to(self.a.device)
+        scale = None if self.scale is None else self.scale[there]
+        return _Batch(self.which[here], self.a[there], self.energies[here], scale)
+
+    def unscaled_energy(self, i: int) -> float:
+        """The squared norm of the scaled matrix."""
+        return float(self.energies[i]) * (1.0 if self.scale is None else float(self.scale[i]) ** 2)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return x if self.scale is None else x * self.scale
+
+
+class _Sketch(NamedTuple):
+    """A step's result: orthonormal Q on one side of A, ``W = A Q`` on the other, and the spectrum of ``W.T W``."""
+
+    q: Tensor
+    w: Tensor
+    values: Tensor  # float64 [B, l], descending
+    vectors: Tensor
+    right: bool  # Q is on the right of A
+
+    def take(self, places: list[int]) -> _Sketch:
+        """That of some of the matrices."""
+        if len(places) == self.q.shape[0]:
+            return self
+        there = torch.tensor(places, device=self.q.device)
+        return _Sketch(self.q[there], self.w[there], self.values[there], self.vectors[there], self.right)
+
+
+def _search(batch: _Batch, wanted: Wanted) -> list[Part]:
+    """The range finder, in groups of equal width, and the full Gram for what it cannot or should not do."""
+    m, n = batch.a.shape[1:]
+    least, width = min(m, n), _first_width(wanted)
+    if least <= FULL_SIDE or width > FULL_SHARE * least or (wanted.energy or 0) > FULL_ENERGY:
+        return _full(batch, wanted)
+    parts: list[Part] = []
+    full: list[int] = []
+    # What is still to do: places in `batch`, those matrices, their sketch, the passes it has seen, and the ranks before.
+    every = list(range(len(batch.which)))
+    work = [(every, batch, _step(batch, _first_sketch(batch, wanted.seed, width), m >= n), 1, [0] * len(every))]
+    while work:
+        places, group, sketch, passes, before = work.pop()
+        plan = _decide(group, sketch.values.cpu(), wanted, passes, before)
+        done = [i for i, p in enumerate(plan) if p.width == 0]
+        if done:
+            parts.append(_factors(group.take(done), sketch.take(done), [plan[i].rank for i in done]))
+        full += [places[i] for i, p in enumerate(plan) if p.width < 0]
+        for width in sorted({p.width for p in plan if p.width > 0}):
+            rest = [i for i, p in enumerate(plan) if p.width == width]
+            some, old = group.take(rest), sketch.take(rest)
+            wider = width > old.w.shape[2]
+            z = torch.cat((old.w, _more_columns(some, wanted.seed, old, width)), dim=2) if wider else old.w
+            after = 1 if wider else passes + 1
+            work.append(
+                ([places[i] for i in rest], some, _step(some, z, not old.right), after, [plan[i].rank for i in rest])
+            )
+    if full:
+        parts += _full(batch.take(sorted(full)), wanted)
+    return parts
+
+
+def _first_width(wanted: Wanted) -> int:
+    """Columns of the first sketch: what singular values 1, 1/2, 1/3, .. need for this energy, and some more."""
+    if wanted.energy is None:
+        return _round_up(1.15 * wanted.rank + OVERSAMPLE)
+    return _round_up(min(math.ceil(0.61 / max(1 - wanted.energy, 1e-9)), wanted.cap) + OVERSAMPLE)
+
+
+def _round_up(width: float) -> int:
+    return 16 * math.ceil(width / 16)
+
+
+class _Plan(NamedTuple):
+    rank: int
+    width: int  # of the next sketch; 0: accept this one; -1: the full Gram
+
+
+def _decide(batch: _Batch, values: Tensor, wanted: Wanted, passes: int, before: list[int]) -> list[_Plan]:
+    """What to do with each matrix, given the eigenvalues of its sketch."""
+    least, width = min(batch.a.shape[1:]), values.shape[1]
+    w = values.clamp_min(0)
+    ranks = _ranks(w, batch, wanted)
+    if wanted.energy is None:
+        return [_Plan(r, 0 if passes >= 3 else width) for r in ranks.tolist()]
+    plans = []
+    for i, rank in enumerate(ranks.tolist()):
+        enough = rank <= width
+        if not enough:
+            left = batch.unscaled_energy(i)
+            rank = _predict(w[i].numpy(), left, wanted.energy, least)
+        need = _round_up(1.15 * rank + OVERSAMPLE / 2)
+        # Accurate: many columns beyond the rank, or enough of them and a rank that the last pass has left as it was.
+        if enough and (rank <= 0.45 * width or passes >= MOST_PASSES or (need <= width and rank == before[i])):
+            plans.append(_Plan(rank if rank <= wanted.cap else -1, 0))
+        elif need <= width:
+            plans.append(_Plan(rank, width))
+        else:
+            plans.append(_Plan(rank, need if need <= FULL_SHARE * least else -1))
+    return plans
+
+
+def _ranks(w: Tensor, batch: _Batch, wanted: Wanted) -> Tensor:
+    """The rank that each row of eigenvalues (descending, on the host) reaches the energy with; more than there are: none."""
+    nonzero = (w > EPS32**2 * w[:, :1]).sum(1)
+    if wanted.energy is None:
+        return nonzero.clamp_max(wanted.rank)
+    if wanted.energy == 1:
+        return nonzero
+    energies = torch.tensor([batch.unscaled_energy(i) for i in range(len(w))], dtype=torch.float64)
+    return (w.cumsum(1) < wanted.energy * energies[:, None]).sum(1) + 1
+
+
+def _predict(w: np.ndarray, energy: float, share: float, least: int) -> int:
+    """The rank a matrix will need, more than ``len(w)``: from a power law through its values that leaves what is left."""
+    anchor = max(len(w) // 2, 1)
+    rest = energy - float(w[:anchor].sum())
+    ratio = np.arange(anchor + 1, least + 1) / anchor
+    low, high = 0.0, 8.0
+    for _ in range(20):
+        power = (low + high) / 2
+        low, high = (power, high) if w[anchor - 1] * float((ratio**-power).sum()) > rest else (low, power)
+    tail = np.cumsum(ratio**-low)
+    target = share * energy - (energy - rest)
+    rank = anchor + 1 + int(np.searchsorted(tail * (rest / tail[-1]), target))
+    return int(min(max(rank, len(w) + 1), least))
+
+
+# ---- one step ----
+
+
+def _first_sketch(batch: _Batch, seed: int, width: int) -> Tensor:
+    """``A.T A`` times random signs for a tall A, ``A A.T`` for a wide one: [B, min(m, n), width]."""
+    a = batch.a if batch.a.shape[1] >= batch.a.shape[2] else batch.a.mT
+    omega = batch.scaled(_signs(seed, a.shape[2], 0, width, a.dtype, a.device))
+    return a.mT @ batch.scaled(a @ omega)
+
+
+def _more_columns(batch: _Batch, seed: int, old: _Sketch, width: int) -> Tensor:
+    """A, or its transpose, times new random signs: columns to put beside ``old.w``."""
+    a = batch.a if old.right else batch.a.mT
+    now = old.w.shape[2]
+    return a @ batch.scaled(_signs(seed, a.shape[2], now, width, a.dtype, a.device))
+
+
+@lru_cache(maxsize=16)
+def _signs(seed: int, rows: int, begin: int, end: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Columns `begin` to `end` of a matrix of random signs [rows, ..]: bits of Philox4x64-10 with the seed for its key."""
+    words = -(-rows // 64)
+    raw = np.random.Philox(key=seed).random_raw(words * end)[words * begin :].astype("<u8")
+    bits = np.unpackbits(raw.view(np.uint8).reshape(end - begin, -1), axis=1, count=rows, bitorder="little")
+    signs = torch.from_numpy(bits).to(dtype).mul_(2).sub_(1)
+    return signs.mT.contiguous().to(device)
+
+
+def _step(batch: _Batch, z: Tensor, right: bool) -> _Sketch:
+    """Orthonormalise the sketch, apply A, and find the spectrum of what comes out."""
+    q = _orthonormal(z)
+    w = (batch.a if right else batch.a.mT) @ batch.scaled(q)
+    w64 = w.double()
+    values, vectors = _OPS.symmetric_eigh(w64.mT @ w64)
+    return _Sketch(q, w, values, vectors, right)
+
+
+def _orthonormal(z: Tensor) -> Tensor:
+    """An orthonormal basis [B, d, l] of the columns of z; as many zero columns as z lacks rank.
+
+    SVQB in float64 is orthonormal to 1e-3 at the worst condition it lets through (1e-16 / `DROP`); one Newton-Schulz step
+    squares that.
+    """
+    x = z.double()
+    gram = x.mT @ x
+    scale = gram.diagonal(dim1=1, dim2=2)
+    scale = torch.where(scale > 0, scale, torch.inf).rsqrt()
+    w, v = _OPS.symmetric_eigh(gram * scale[:, :, None] * scale[:, None, :])
+    power = torch.where(w > DROP * w[:, :1], w, torch.inf).rsqrt()
+    q = (x @ (scale[:, :, None] * v * power[:, None, :])).to(z.dtype)
+    return torch.baddbmm(q, q, q.mT @ q, beta=1.5, alpha=-0.5)
+
+
+# ---- factors ----
+
+
+def _factors(batch: _Batch, sketch: _Sketch, ranks: list[int]) -> Part:
+    """U, S and V of the accepted ranks (-1: none)."""
+    k = max(max(ranks), 0)
+    values, vectors = sketch.values[:, :k], sketch.vectors[:, :, :k]
+    one, s = _divided(sketch.w.double(), values, vectors, ranks)
+    other = sketch.q @ vectors.to(sketch.q.dtype)
+    u, v = (one, other) if sketch.right else (other, one)
+    return _part(batch, u, s, v, ranks)
+
+
+def _divided(w: Tensor, values: Tensor, vectors: Tensor, ranks: list[int]) -> tuple[Tensor, Tensor]:
+    """``W V / s`` and s, in float64: orthonormal, as V are eigenvectors of ``W.T W``; by a QR where s is too steep for that."""
+    s = values.clamp_min(0).sqrt()
+    u = w @ (vectors * torch.where(s > 0, 1 / s, 0)[:, None, :])
+    if s.shape[1]:
+        host = s.cpu()
+        steep = [i for i, r in enumerate(ranks) if r > 0 and float(host[i, 0]) > STEEP * float(host[i, r - 1])]
+        for i in steep:
+            q, r = torch.linalg.qr(u[i, :, : ranks[i]])
+            size = r.diagonal()
+            u[i, :, : ranks[i]] = q * torch.where(size < 0, -1.0, 1.0)
+            s[i, : ranks[i]] *= size.abs()
+    return u, s
+
+
+def _part(batch: _Batch, u: Tensor, s: Tensor, v: Tensor, ranks: list[int]) -> Part:
+    """Everything in float32, unscaled, and with the signs that make a result unique."""
+    if batch.scale is not None:
+        s = s / batch.scale[:, :, 0].double()
+    u, v = u.float(), v.float()
+    if s.shape[1]:
+        largest = u.abs().argmax(dim=1, keepdim=True)
+        sign = torch.where(u.gather(1, largest) < 0, -1.0, 1.0)
+        u, v = u * sign, v * sign
+    return Part(batch.which, u, s.float(), v.mT.contiguous(), torch.tensor(ranks))
+
+
+# ---- the full Gram ----
+
+
+def _full(batch: _Batch, wanted: Wanted) -> list[Part]:
+    """All singular values from the float64 Gram of the smaller side, a bounded number of matrices at a time."""
+    step = max(FULL_CHUNK // batch.a[0].numel(), 1)
+    count = len(batch.which)
+    return [_full_chunk(batch.take(list(range(i, min(i + step, count)))), wanted) for i in range(0, count, step)]
+
+
+def _full_chunk(batch: _Batch, wanted: Wanted) -> Part:
+    tall = batch.a.shape[1] >= batch.a.shape[2]
+    x = batch.scaled(batch.a.double() if tall else batch.a.double().mT)
+    values, vectors = _OPS.symmetric_eigh(x.mT @ x)
+    ranks = [r if r <= wanted.cap else -1 for r in _full_ranks(values.cpu().clamp_min(0), batch, wanted).tolist()]
+    k = max(max(ranks), 0)
+    one, s = _divided(x, values[:, :k], vectors[:, :, :k], ranks)
+    other = vectors[:, :, :k]
+    return _part(batch, one if tall else other, s, other if tall else one, ranks)
+
+
+def _full_ranks(w: Tensor, batch: _Batch, wanted: Wanted) -> Tensor:
+    """As `_ranks`, of all eigenvalues: what they lack of the energy is rounding."""
+    nonzero = (w > EPS32**2 * w[:, :1]).sum(1)
+    return torch.minimum(_ranks(w, batch, wanted), nonzero)
+
+
+# ---- float32 in full ----
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Matrix products in float32 proper: TF32 or bfloat16, which a user may have allowed, would falsify the energies."""
+    settings: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [s.fp32_precision for s in settings]
+    try:
+        for s in settings:
+            s.fp32_precision = "ieee"
+        yield
+    finally:
+        for s, value in zip(settings, before, strict=True):
+            s.fp32_precision = value
