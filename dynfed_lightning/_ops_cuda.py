@@ -12,10 +12,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from . import _reference
 from ._ops_backends import load_error
 
 _C = torch.ops.dynfed_lightning_cuda
 CAPABILITY = (8, 0)  # the oldest GPU the kernels are compiled for
+NORM_CHUNK = 2048  # values whose squares a warp adds up: kNormChunk of csrc/cuda/launchers.h
 
 
 @cache
@@ -84,3 +86,19 @@ def accumulate_table(
 
 def rotate(x: Tensor, table: Tensor, block: int, seed: int, inverse: bool) -> None:
     _C.rotate(x, table, block, seed, inverse)
+
+
+def symmetric_eigh(a: Tensor, w: Tensor, v: Tensor) -> None:
+    """As the reference; matrices of more than 128 rows, or too large for the device's shared memory, go to cuSOLVER.
+
+    A thread block rotates a whole matrix in shared memory. On a GPU with 100 KB of it (compute capability 8.6, 8.9 and 12) that
+    is up to 110 rows.
+    """
+    if not _C.symmetric_eigh(a, w, v):
+        _reference.symmetric_eigh(a, w, v)
+
+
+def squared_norm(a: Tensor, out: Tensor) -> None:
+    chunks = -(-a.shape[1] * a.shape[2] // NORM_CHUNK)
+    partial = torch.empty(a.shape[0] * chunks, dtype=torch.float64, device=a.device)
+    _C.squared_norm(a, out, partial)

@@ -9,104 +9,33 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import mmap
-import shutil
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
+from cuda_support import GXX, Fenced, Guarded, load_emulated, misaligned
 from ops_support import same, values
 from torch import Tensor
 
 from dynfed_lightning import _ops_cuda as cuda
 from dynfed_lightning import _reference as reference
 
-ROOT = Path(__file__).resolve().parent.parent
-GXX = shutil.which("g++")
 SIZES = (0, 1, 7, 8, 511, 512, 513, 3001)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BITS = tuple(range(1, 9))
 NEAREST, STOCHASTIC, EDEN = 0, 1, 2
 SEED = -0x123456789ABCDEF  # a seed beyond 2**63, as operators receive it
-GUARD = 0xA5  # what bytes around an output hold
 
 pytestmark = pytest.mark.skipif(GXX is None, reason="the emulated kernels need g++")
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The operators over emulated kernels; misaligned accesses and bad shifts end the process with a message."""
-    folder, torch_root = tmp_path_factory.mktemp("cuda_emulated"), Path(torch.__file__).parent
-    flags = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-DDYNFED_CUDA_EMULATED"]
-    flags += ["-fsanitize=alignment,bounds,shift", "-fno-sanitize-recover=all", "-Wno-unknown-pragmas"]
-    flags += ["-DTORCH_TARGET_VERSION=0x020B000000000000", f"-I{ROOT / 'tests' / 'cuda_shim'}"]
-    objects = []
-    for source in sorted((ROOT / "csrc" / "cuda").glob("*.c*")):
-        if source.suffix in (".cu", ".cpp"):
-            objects.append(str(folder / f"{source.stem}.o"))
-            run(GXX, *flags, f"-I{torch_root / 'include'}", "-x", "c++", "-c", str(source), "-o", objects[-1])
-    built = folder / "emulated.so"
-    links = [f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
-    run(GXX, "-shared", "-fsanitize=alignment,bounds,shift", *objects, "-o", str(built), *links)
-    torch.ops.load_library(built)
-    return built
-
-
-def run(*command: str | None) -> None:
-    done = subprocess.run([c or "" for c in command], capture_output=True, text=True, check=False)
-    if "cannot find -l" in done.stderr and "san" in done.stderr:
-        pytest.skip("this g++ has no sanitizers")
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.fixture(autouse=True)
-def emulated(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The backend's module, with the emulated operators in the place of the real ones."""
+    load_emulated()
     monkeypatch.setattr(cuda, "_C", torch.ops.dynfed_lightning_cuda_emulated)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     yield
-
-
-def misaligned(t: Tensor, by: int) -> Tensor:
-    """A copy of `t` that begins `by` elements after an aligned address."""
-    return torch.cat((t.new_zeros(by), t))[by:]
-
-
-class Guarded:
-    """Room for `n` elements that begins `by` elements after an aligned address, between guards that must stay as they are."""
-
-    def __init__(self, n: int, dtype: torch.dtype, by: int = 0) -> None:
-        self.size = torch.empty((), dtype=dtype).element_size()
-        self.before, self.after = (64 + by) * self.size, (64 + by + n) * self.size
-        self.memory = torch.full((self.after + 64 * self.size,), GUARD, dtype=torch.uint8)
-        self.room = self.memory[self.before : self.after].view(dtype)
-
-    def intact(self) -> bool:
-        return bool((self.memory[: self.before] == GUARD).all() and (self.memory[self.after :] == GUARD).all())
-
-
-class Fenced:
-    """Copies of tensors that begin or end exactly at a page that must not be touched: a stray read ends the process."""
-
-    def __init__(self) -> None:
-        self.maps: list[mmap.mmap] = []
-        self.protect = ctypes.CDLL(None, use_errno=True).mprotect
-        self.protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-
-    def __call__(self, t: Tensor, at_end: bool) -> Tensor:
-        page = mmap.PAGESIZE
-        size = t.numel() * t.element_size()
-        inner = max(-(-size // page), 1) * page
-        memory = mmap.mmap(-1, inner + 2 * page)
-        self.maps.append(memory)  # never unmapped while a tensor looks at it
-        base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        for fence in (base, base + page + inner):
-            assert self.protect(fence, page, 0) == 0
-        begin = page + (inner - size if at_end else 0)
-        copy = torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=begin)
-        return copy.copy_(t)
 
 
 def check_quantize(x: Tensor, bits: int, bucket: int, offset: int, rounding: int, by: int = 0) -> None:

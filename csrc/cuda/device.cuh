@@ -10,6 +10,10 @@
 #ifndef DYNFED_LAUNCH
 #define DYNFED_LAUNCH(kernel, grid, threads, stream, ...) \
   kernel<<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+// With `bytes` of shared memory whose size is known at run time, which the kernel finds by DYNFED_DYNAMIC_SHARED.
+#define DYNFED_LAUNCH_SHARED(kernel, grid, threads, bytes, stream, ...) \
+  kernel<<<grid, threads, bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#define DYNFED_DYNAMIC_SHARED(type, name) extern __shared__ __align__(16) type name[]
 #endif
 
 namespace dynfed::cuda {
@@ -59,6 +63,22 @@ __device__ __forceinline__ bool is_aligned(const void* p, unsigned bytes) {
 __device__ __forceinline__ float4 load4(const float* p) { return __ldcs(reinterpret_cast<const float4*>(p)); }
 
 __device__ __forceinline__ void store4(float* p, float4 v) { __stcs(reinterpret_cast<float4*>(p), v); }
+
+// ---- numbers of half precision ----
+
+__device__ __forceinline__ float widen(float x) { return x; }
+
+__device__ __forceinline__ float widen(BFloat16 x) { return to_float(x); }
+
+__device__ __forceinline__ float widen(Float16 x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+#else
+  return to_float(x);
+#endif
+}
 
 // ---- packed codes ----
 

@@ -8,7 +8,7 @@
 
 namespace dynfed::cuda {
 
-enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kFloat64 };  // float64 for norms only
 
 enum Rounding : int { kRoundNearest, kRoundStochastic, kRoundEden };  // as in dynfed_lightning/_reference.py
 
@@ -43,6 +43,9 @@ struct RotateRow {
   uint64_t offset;  // a multiple of 8
 };
 
+constexpr int64_t kNormChunk = 2048;  // values of a matrix that are added up apart
+constexpr int kTooLarge = -1;         // instead of a cudaError: there is no kernel for matrices of this size
+
 }  // namespace dynfed::cuda
 
 extern "C" {
@@ -64,6 +67,14 @@ int dynfed_cuda_accumulate(const dynfed::cuda::OutputRow* rows, const dynfed::cu
 
 int dynfed_cuda_rotate(const dynfed::cuda::RotateRow* rows, int64_t count, int64_t block, uint64_t seed, int inverse,
                        void* stream);
+
+// a [batch, l, l], w [batch, l] descending, v [batch, l, l] with eigenvectors as columns. kTooLarge where l is beyond 128, or the
+// matrix alone beyond the device's shared memory.
+int dynfed_cuda_symmetric_eigh(const double* a, int64_t batch, int64_t l, double* w, double* v, void* stream);
+
+// a [batch, size] contiguous, out [batch]; `partial` has room for ceil(size / kNormChunk) numbers for each matrix.
+int dynfed_cuda_squared_norm(const void* a, dynfed::cuda::DType dtype, int64_t batch, int64_t size, double* partial, double* out,
+                             void* stream);
 
 // Makes `device` the current one of this library's CUDA runtime.
 int dynfed_cuda_set_device(int device);

@@ -10,6 +10,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <utility>
 #include <vector>
 
 #include "../core/eden.h"
@@ -122,6 +123,8 @@ uint8_t* bytes(const Tensor& t) { return static_cast<uint8_t*>(t.mutable_data_pt
 const uint8_t* const_bytes(const Tensor& t) { return static_cast<const uint8_t*>(t.const_data_ptr()); }
 float* floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 const float* const_floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
+double* doubles(const Tensor& t) { return static_cast<double*>(t.mutable_data_ptr()); }
+const double* const_doubles(const Tensor& t) { return static_cast<const double*>(t.const_data_ptr()); }
 
 // ---- tables ----
 
@@ -348,6 +351,35 @@ void rotate(const Tensor& x, const Tensor& table, int64_t block, int64_t seed, b
   check_cuda(dynfed_cuda_rotate(list.data(), rows.rows(), block, uint64_t(seed), inverse, scope.stream), "rotate");
 }
 
+// False where no kernel takes matrices of this size on this device.
+bool symmetric_eigh(const Tensor& a, const Tensor& w, const Tensor& v) {
+  for (const auto& [name, t] : {std::pair("a", a), std::pair("w", w), std::pair("v", v)})
+    check_tensor(name, t, ScalarType::Double, a);
+  STD_TORCH_CHECK(a.dim() == 3 && a.size(1) == a.size(2), "Expected `a` to be a batch of square matrices.");
+  check_size("w", w.numel(), a.size(0) * a.size(1));
+  check_size("v", v.numel(), a.numel());
+  const DeviceScope scope(a);
+  const int error = dynfed_cuda_symmetric_eigh(const_doubles(a), a.size(0), a.size(1), doubles(w), doubles(v), scope.stream);
+  if (error == kTooLarge) return false;
+  check_cuda(error, "symmetric_eigh");
+  return true;
+}
+
+void squared_norm(const Tensor& a, const Tensor& out, const Tensor& partial) {
+  const ScalarType dtype = a.scalar_type();
+  if (dtype == ScalarType::Double) check_tensor("a", a, dtype, a);
+  const DType type = dtype == ScalarType::Double ? DType::kFloat64 : input_type(a, a);
+  STD_TORCH_CHECK(a.dim() == 3, "Expected `a` to be a batch of matrices.");
+  const int64_t size = a.size(1) * a.size(2);
+  for (const auto& [name, t] : {std::pair("out", out), std::pair("partial", partial)})
+    check_tensor(name, t, ScalarType::Double, a);
+  check_size("out", out.numel(), a.size(0));
+  check_size("partial", partial.numel(), a.size(0) * ceil_div(size, kNormChunk));
+  const DeviceScope scope(a);
+  check_cuda(dynfed_cuda_squared_norm(a.const_data_ptr(), type, a.size(0), size, doubles(partial), doubles(out), scope.stream),
+             "squared_norm");
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(DYNFED_NAMESPACE, m) {
@@ -361,6 +393,8 @@ STABLE_TORCH_LIBRARY(DYNFED_NAMESPACE, m) {
   m.def("unpack_dequantize_table(Tensor(a!)[] out, Tensor packed, Tensor scales, Tensor table) -> ()");
   m.def("accumulate_table(Tensor(a!) out, Tensor[] packed, Tensor[] scales, Tensor[] tables, float[] weights) -> ()");
   m.def("rotate(Tensor(a!) x, Tensor table, int block, int seed, bool inverse) -> ()");
+  m.def("symmetric_eigh(Tensor a, Tensor(a!) w, Tensor(b!) v) -> bool");
+  m.def("squared_norm(Tensor a, Tensor(a!) out, Tensor(b!) partial) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(DYNFED_NAMESPACE, DYNFED_KEY, m) {
@@ -373,4 +407,6 @@ STABLE_TORCH_LIBRARY_IMPL(DYNFED_NAMESPACE, DYNFED_KEY, m) {
   m.impl("unpack_dequantize_table", TORCH_BOX(&unpack_dequantize_table));
   m.impl("accumulate_table", TORCH_BOX(&accumulate_table));
   m.impl("rotate", TORCH_BOX(&rotate));
+  m.impl("symmetric_eigh", TORCH_BOX(&symmetric_eigh));
+  m.impl("squared_norm", TORCH_BOX(&squared_norm));
 }

@@ -30,20 +30,6 @@ struct QuantizeList {
 };
 static_assert(sizeof(QuantizeList) <= kParameterBytes, "a list is passed as parameters");
 
-__device__ __forceinline__ float widen(float x) { return x; }
-
-__device__ __forceinline__ float widen(BFloat16 x) { return to_float(x); }
-
-__device__ __forceinline__ float widen(Float16 x) {
-#ifdef __CUDA_ARCH__
-  float y;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
-  return y;
-#else
-  return to_float(x);
-#endif
-}
-
 __device__ __forceinline__ void load8_vector(const float* x, float (&v)[8]) {
   const float4 a = load4(x), b = load4(x + 4);
   v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;

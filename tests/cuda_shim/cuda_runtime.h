@@ -1,6 +1,7 @@
 // Runs CUDA kernels on the CPU, one fiber per CUDA thread and one block after the other, for the tests: g++ finds this file in
-// the place of NVIDIA's and compiles the very .cu files that nvcc does. It finds wrong indices, tails and alignments, and
-// barriers that not all threads reach. It finds no data races and says nothing about speed.
+// the place of NVIDIA's and compiles the very .cu files that nvcc does. It finds wrong indices, tails and alignments,
+// barriers that not all threads reach, and use of shared memory that was not asked for or not written. It finds no data races,
+// unless the results differ where the threads run the other way round (DYNFED_SHIM_BACKWARDS), and says nothing about speed.
 #pragma once
 #include <csetjmp>
 #include <cmath>
@@ -10,8 +11,11 @@
 #include <cstring>
 #include <algorithm>
 #include <functional>
+#include <map>
 
+#include <sys/mman.h>
 #include <ucontext.h>
+#include <unistd.h>
 
 #define __global__
 #define __device__
@@ -25,6 +29,10 @@
 
 #define DYNFED_LAUNCH(kernel, grid, threads, stream, ...) \
   ((void)(stream), shim::launch(grid, threads, [&] { (kernel)(__VA_ARGS__); }))
+
+#define DYNFED_LAUNCH_SHARED(kernel, grid, threads, bytes, stream, ...) \
+  ((void)(stream), shim::allow((const void*)(kernel), bytes), shim::launch(grid, threads, [&] { (kernel)(__VA_ARGS__); }, bytes))
+#define DYNFED_DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(shim::machine.shared)
 
 struct Index {
   unsigned x;
@@ -59,8 +67,42 @@ struct Machine {
   std::function<void()> body;
   unsigned threads = 0;
   bool progress = false;
+  unsigned char* shared = nullptr;
+  std::map<const void*, size_t> allowed;  // dynamic shared memory, by kernel
 };
 inline Machine machine;
+
+// What a GPU has: as on sm_90, or what the environment says.
+inline int most_shared() {
+  const char* given = std::getenv("DYNFED_SHIM_SHARED");
+  return given == nullptr ? 232448 : std::atoi(given);
+}
+
+inline void allow(const void* kernel, size_t bytes) {
+  const auto found = machine.allowed.find(kernel);
+  if (bytes > (found == machine.allowed.end() ? size_t(48) << 10 : found->second)) fail("more shared memory than asked for");
+}
+
+// Dynamic shared memory: NaN in each new block, and what follows it must not be touched.
+class Shared {
+ public:
+  explicit Shared(size_t bytes) : bytes_(bytes), page_(size_t(sysconf(_SC_PAGESIZE))) {
+    if (bytes_ % 16 != 0) fail("shared memory is emulated in units of 16 bytes");
+    inner_ = (bytes_ + page_ - 1) / page_ * page_;
+    base_ = static_cast<unsigned char*>(mmap(nullptr, inner_ + page_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (base_ == MAP_FAILED || mprotect(base_ + inner_, page_, PROT_NONE) != 0) fail("no memory");
+    machine.shared = base_ + inner_ - bytes_;
+  }
+  ~Shared() {
+    munmap(base_, inner_ + page_);
+    machine.shared = nullptr;
+  }
+  void poison() { std::memset(machine.shared, 0xff, bytes_); }
+
+ private:
+  size_t bytes_, page_, inner_;
+  unsigned char* base_;
+};
 
 // _setjmp and _longjmp switch in a few nanoseconds; swapcontext asks the kernel each time.
 inline __attribute__((noinline)) void yield() {
@@ -91,17 +133,21 @@ inline __attribute__((noinline)) void resume(unsigned thread) {
 }
 
 template <class F>
-void launch(unsigned grid, unsigned threads, const F& body) {
+void launch(unsigned grid, unsigned threads, const F& body, size_t bytes = 0) {
   if (threads > kMaxThreads || threads % kWarp != 0) fail("this number of threads is not emulated");
   machine.body = body;
   machine.threads = threads;
   gridDim.x = grid;
+  const bool backwards = std::getenv("DYNFED_SHIM_BACKWARDS") != nullptr;
+  Shared shared(bytes);
   for (unsigned block = 0; block < grid; ++block) {
     blockIdx.x = block;
+    shared.poison();
     for (unsigned t = 0; t < threads; ++t) machine.fibers[t].done = false;
     for (bool busy = true; busy;) {
       busy = machine.progress = false;
-      for (unsigned t = 0; t < threads; ++t) {
+      for (unsigned i = 0; i < threads; ++i) {
+        const unsigned t = backwards ? threads - 1 - i : i;
         if (machine.fibers[t].done) continue;
         busy = true;
         resume(t);
@@ -149,6 +195,8 @@ const T* aligned(const T* p) {
 // ---- the part of CUDA that the kernels use ----
 
 using std::abs;
+using std::fabs;
+using std::fma;
 using std::max;
 using std::min;
 
@@ -210,4 +258,20 @@ using cudaStream_t = void*;
 enum { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+enum { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
+inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
+  *value = shim::most_shared();
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, int, int bytes) {
+  if (bytes > shim::most_shared()) return cudaErrorInvalidValue;
+  shim::machine.allowed[(const void*)(kernel)] = size_t(bytes);
+  return cudaSuccess;
+}
 inline const char* cudaGetErrorString(cudaError_t) { return "an emulated error"; }
