@@ -1,4 +1,4 @@
-"""Tables of rows: in memory, or a user's dataset read sample by sample."""
+"""Tables of rows: in memory, text as tokens, or a user's dataset read sample by sample."""
 
 from __future__ import annotations
 
@@ -97,6 +97,71 @@ class Samples:
         return default_collate([{k: v for k, v in s.items() if k != self.label_key} for s in samples])
 
 
+@dataclass(frozen=True)
+class Texts:
+    """A table of tokenised text: all rows' tokens one after another, padded batch by batch.
+
+    Args:
+        tokens: int32 ``[total]``.
+        offsets: int64 ``[n + 1]``; row i is ``tokens[offsets[i] : offsets[i + 1]]``.
+        labels: int64 ``[n]``, from 0 to ``num_classes - 1``.
+        num_classes: C.
+        vocab_size: of the tokeniser; ids are below it.
+        pad_token_id: what shorter rows of a batch are filled with.
+        first: of pairs of texts, how many tokens of each row have token type 0; int32 ``[n]``.
+        groups: see `Arrays`, as `class_names`.
+    """
+
+    tokens: Tensor
+    offsets: Tensor
+    labels: Tensor
+    num_classes: int
+    vocab_size: int
+    pad_token_id: int = 0
+    first: Tensor | None = None
+    groups: Tensor | None = None
+    class_names: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _check_labels(self.labels, self.num_classes)
+        if len(self.offsets) != len(self.labels) + 1:
+            rows = len(self.offsets) - 1
+            raise ValueError(f"Expected as many texts as labels, but got {rows} and {len(self.labels)}.")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def max_length(self) -> int:
+        """Tokens of the longest row."""
+        return int(self.offsets.diff().max())
+
+    def batch(self, rows: Tensor) -> dict[str, Tensor]:
+        """The rows' inputs: ``input_ids`` and ``attention_mask``, of pairs ``token_type_ids`` too, int64 ``[B, T]``.
+
+        T is the longest of these rows.
+        """
+        return text_batch(self.tokens, self.offsets, rows, self.pad_token_id, self.first)
+
+
+def text_batch(
+    tokens: Tensor, offsets: Tensor, rows: Tensor, pad_token_id: int = 0, first: Tensor | None = None
+) -> dict[str, Tensor]:
+    """See `Texts.batch`."""
+    start, length = offsets[rows], offsets[rows + 1] - offsets[rows]
+    place = torch.arange(int(length.max()) if len(rows) else 0)
+    there = place < length[:, None]
+    at = (start[:, None] + place).clamp_max(max(len(tokens) - 1, 0))
+    ids = tokens[at].long().masked_fill_(~there, pad_token_id)
+    batch = {"input_ids": ids, "attention_mask": there.long()}
+    if first is not None:
+        batch["token_type_ids"] = ((place >= first[rows][:, None]) & there).long()
+    return batch
+
+
+Table = Arrays | Samples | Texts
+
+
 def _check_labels(labels: Tensor, num_classes: int) -> None:
     if labels.dtype != torch.int64 or labels.ndim != 1 or len(labels) == 0:
         raise ValueError(
@@ -118,6 +183,9 @@ class Options:
     image_size: int | None = None
     cache_dir: str | Path | None = None
     class_names: tuple[str, ...] | None = None
+    text_column: str | Sequence[str] | None = None
+    tokenizer: Any = None
+    max_length: int = 128
 
 
 def codes(values: Sequence[Any], names: Sequence[str] | None = None) -> tuple[Tensor, tuple[str, ...]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,13 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from dynfed_lightning.arrays import Arrays, Options, Samples
+from dynfed_lightning.arrays import Options, Table, Texts
 from dynfed_lightning.loaders import Augment, Cohorts, RowLoader
 from dynfed_lightning.partition import Natural, Partitioner, check_int, numpy_generator
 from dynfed_lightning.resources import ResourceProfile, Resources, UniformResources
 from dynfed_lightning.split import PublicSet, Split, make_split
 from dynfed_lightning.splitplot import draw_split
+from dynfed_lightning.text import TextTokenizer, load_tokenizer
 
 __all__ = ["ClientData", "FederatedDataModule", "PublicSet"]
 
@@ -33,7 +36,7 @@ class ClientData:
     def __init__(
         self,
         client_id: int,
-        table: Arrays | Samples,
+        table: Table,
         train_rows: Tensor,
         val_rows: Tensor,
         batch_size: int = 32,
@@ -65,9 +68,9 @@ class FederatedDataModule(L.LightningDataModule):
     rank (`split_hash` proves it), and no global random generator is read or moved.
 
     Args:
-        dataset: a name (``"digits"``, ``"mnist"``, ``"cifar10"``, any image set of the public hub), a path, a pair of
-            tensors, a ``TensorDataset``, a `datasets` ``Dataset`` or ``DatasetDict``, or a map-style dataset; see
-            `dynfed_lightning.datasets.load_table`.
+        dataset: a name (``"digits"``, ``"mnist"``, ``"cifar10"``, ``"sst2"``, any set of images or texts of the public hub), a
+            path, a pair of tensors, a ``TensorDataset``, a pair of a list of strings and labels, a `datasets` ``Dataset`` or
+            ``DatasetDict``, or a map-style dataset; see `dynfed_lightning.datasets.load_table`.
         partitioner: who gets which rows.
         test: the test set, given like `dataset`; a share such as ``0.2`` is held out of the training rows (stratified);
             ``None``: the dataset's own test split (or its validation split).
@@ -79,7 +82,7 @@ class FederatedDataModule(L.LightningDataModule):
         public_labels: whether the server sees their labels.
         train_fraction: the share of the training set to use, stratified (0.25: a quarter).
         val_fraction: the share of its rows each client keeps for validation, stratified; it always keeps one to train on.
-        test_batch_size: rows of a test batch.
+        test_batch_size: rows of a test batch; ``None``: 1000, of text 100 (an encoder's maps and states are large).
         resources: what each client has; ``None``: unknown.
         seed: of the split, the cohorts and the drawn resources.
         data_dir: where a named dataset lies, see `dynfed_lightning.datasets.load_arrays`.
@@ -90,7 +93,13 @@ class FederatedDataModule(L.LightningDataModule):
         drop_last: leave out a client's last batch if it is not full (never its only one).
         augment: ``augment(inputs, generator) -> inputs`` on every training batch of in-memory data.
         image_size: resize images to this many pixels a side.
-        cache_dir: where decoded images are kept.
+        cache_dir: where decoded images and tokens are kept.
+        tokenizer: for text: a Hugging Face tokeniser or its name or folder, a ``vocab.txt`` or ``tokenizer.json``, a
+            `WordTokenizer`, or ``"words:8000"``, which makes one of the training set's words (so of all clients' texts); see
+            `dynfed_lightning.text.load_tokenizer`. Batches are dicts with ``input_ids``, ``attention_mask``, for pairs
+            ``token_type_ids``, and ``labels``, padded to their longest row.
+        text_column: the column of text if it is not the usual one, or the two columns of a pair.
+        max_length: cut longer texts to so many tokens.
 
     Raises:
         ValueError, TypeError: a bad argument, in the constructor where it can be known there, else in `setup`.
@@ -108,7 +117,7 @@ class FederatedDataModule(L.LightningDataModule):
         public_labels: bool = False,
         train_fraction: float = 1.0,
         val_fraction: float = 0.0,
-        test_batch_size: int = 1000,
+        test_batch_size: int | None = None,
         resources: ResourceProfile | None = None,
         seed: int = 0,
         data_dir: str | Path | None = None,
@@ -120,6 +129,9 @@ class FederatedDataModule(L.LightningDataModule):
         augment: Augment | None = None,
         image_size: int | None = None,
         cache_dir: str | Path | None = None,
+        tokenizer: Any = None,
+        text_column: str | Sequence[str] | None = None,
+        max_length: int = 128,
     ) -> None:
         super().__init__()
         _check_type("partitioner", partitioner, Partitioner)
@@ -142,14 +154,28 @@ class FederatedDataModule(L.LightningDataModule):
             raise ValueError(f"Expected `data_dir` to be a folder, but {str(data_dir)!r} is none.")
         self.dataset, self.partitioner, self.test, self.public = dataset, partitioner, test, public
         self.batch_size = check_int("batch_size", batch_size, 1)
-        self.test_batch_size = check_int("test_batch_size", test_batch_size, 1)
+        self.test_batch_size = None if test_batch_size is None else check_int("test_batch_size", test_batch_size, 1)
         self.seed = check_int("seed", seed, -(1 << 63))
         self.clients_per_round, self.public_labels = clients_per_round, bool(public_labels)
         self.train_fraction = _check_share("train_fraction", train_fraction, zero=False)
         self.val_fraction = _check_share("val_fraction", val_fraction, zero=True)
         self.limit_test, self.drop_last, self.augment = limit_test, bool(drop_last), augment
         self.profile = resources or UniformResources()
-        self._options = Options(data_dir, image_column, label_column, partition_column, image_size, cache_dir)
+        if isinstance(text_column, str) and image_column is not None:
+            raise ValueError(
+                f"Expected `image_column` or `text_column`, but got both: {image_column!r}, {text_column!r}."
+            )
+        self._options = Options(
+            data_dir,
+            image_column,
+            label_column,
+            partition_column,
+            image_size,
+            cache_dir,
+            text_column=text_column,
+            tokenizer=tokenizer,
+            max_length=check_int("max_length", max_length, 4),
+        )
         self._split: Split | None = None
         self._pooled = False
         self._cohort_size(partitioner.num_clients)
@@ -163,6 +189,8 @@ class FederatedDataModule(L.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Load and deal the rows; the second call does nothing."""
         if self._split is None:
+            if self._options.tokenizer is not None:
+                self._options = replace(self._options, tokenizer=load_tokenizer(self._options.tokenizer))
             split = make_split(
                 self.dataset,
                 self.test,
@@ -227,6 +255,25 @@ class FederatedDataModule(L.LightningDataModule):
         return self._ready().table.num_classes
 
     @property
+    def tokenizer(self) -> TextTokenizer | None:
+        """The tokeniser of the text, ready to use, or ``None``."""
+        self.setup()
+        return self._options.tokenizer
+
+    @property
+    def vocab_size(self) -> int | None:
+        """How many embeddings a model of the text needs; ``None`` for other data."""
+        table = self._ready().table
+        return table.vocab_size if isinstance(table, Texts) else None
+
+    @property
+    def longest_text(self) -> int | None:
+        """Tokens of the longest text there is, after the cut; ``None`` for other data."""
+        split = self._ready()
+        tables = [t for t in (split.table, split.test) if isinstance(t, Texts)]
+        return max(t.max_length for t in tables) if tables else None
+
+    @property
     def public_set(self) -> PublicSet | None:
         """The server's data, or ``None``."""
         return self._ready().public
@@ -273,7 +320,8 @@ class FederatedDataModule(L.LightningDataModule):
     def val_dataloader(self) -> RowLoader:
         """The whole test set: after a round, the server's model is judged by it."""
         split = self._ready()
-        return RowLoader(split.test, split.test_rows, self.test_batch_size)
+        size = self.test_batch_size or (100 if isinstance(split.test, Texts) else 1000)
+        return RowLoader(split.test, split.test_rows, size)
 
     def test_dataloader(self) -> RowLoader:
         """The whole test set."""
@@ -287,8 +335,13 @@ class FederatedDataModule(L.LightningDataModule):
         rows, classes = counts.sum(1), (counts > 0).sum(1)
         shown = self.dataset if isinstance(self.dataset, str | Path) else type(self.dataset).__name__
         hidden = "" if self.public_labels else " (labels hidden)"
+        table, text = split.table, []
+        if isinstance(table, Texts):
+            mean = len(table.tokens) / len(table)
+            text = [("text", f"{mean:.1f} tokens a row, at most {table.max_length}; vocabulary {table.vocab_size}")]
         lines = [
             ("dataset", f"{shown}: {len(split.table)} training rows, {self.num_classes} classes"),
+            *text,
             ("clients", f"{self.num_clients} by {self.partitioner!r}, {len(self.sample_cohort(0))} a round"),
             ("rows each", f"{rows.min()} to {rows.max()}, median {rows.median()}, {rows.sum()} in all"),
             ("classes each", f"{classes.min()} to {classes.max()}, median {classes.median()}"),

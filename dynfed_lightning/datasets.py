@@ -1,9 +1,9 @@
-"""Data by name: `digits`, presets, parquet files, image folders, the public hub, tensors, and any map-style dataset."""
+"""Data by name: `digits`, presets, parquet files, image folders, the public hub, tensors, text, and any map-style dataset."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, TensorDataset
 
-from dynfed_lightning.arrays import LABELS, Arrays, Options, Samples, codes, pick
+from dynfed_lightning.arrays import LABELS, Arrays, Options, Samples, Table, Texts, codes, pick
 from dynfed_lightning.images import missing
 from dynfed_lightning.partition import stratified_order
 from dynfed_lightning.tables import from_hf, load_hub, load_image_folder, read_parquet
+from dynfed_lightning.text_table import TEXTS, tokenised
 
 
 @dataclass(frozen=True)
@@ -39,30 +40,53 @@ PRESETS: dict[str, Preset] = {
         "uoft-cs/cifar100", "img", "fine_label", 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
     ),
 }
+
+
+@dataclass(frozen=True)
+class TextPreset:
+    """A known set of texts: its hub name and its columns.
+
+    `hidden` are splits that are there but not to be used, such as a test split whose labels are kept secret.
+    """
+
+    hub: str
+    text: str
+    label: str
+    num_classes: int
+    hidden: tuple[str, ...] = ()
+
+
+TEXT_PRESETS: dict[str, TextPreset] = {
+    "sst2": TextPreset("stanfordnlp/sst2", "sentence", "label", 2, hidden=("test",)),
+    "ag_news": TextPreset("fancyzhx/ag_news", "text", "label", 4),
+    "imdb": TextPreset("stanfordnlp/imdb", "text", "label", 2, hidden=("unsupervised",)),
+}
 _SPLITS = {"train": ("train",), "test": ("test", "val", "dev")}  # beginnings of the names of files and splits
 _STARTS = ("train", "test", "val", "dev")
 
 
-def load_table(source: Any, split: str = "train", options: Options | None = None) -> Arrays | Samples:
+def load_table(source: Any, split: str = "train", options: Options | None = None) -> Table:
     """Whatever a user calls a dataset, as a table.
 
     Args:
-        source: a name or path (see `load_arrays`); a pair of tensors or a ``TensorDataset``; a `datasets` ``Dataset``; a
-            mapping of splits (``DatasetDict``); any map-style torch ``Dataset``; or an `Arrays`.
+        source: a name or path (see `load_arrays`); a pair of tensors or a ``TensorDataset``; a pair of a list of strings and
+            labels; a `datasets` ``Dataset``; a mapping of splits (``DatasetDict``); any map-style torch ``Dataset``; or a table.
         split: ``"train"`` or ``"test"``; a mapping or a named set without ``test`` gives its validation split.
-        options: columns and places.
+        options: columns, places and the tokeniser.
 
     Raises:
         ValueError, TypeError: what it is cannot be told, a split or a column is missing.
     """
     o = options or Options()
-    if isinstance(source, Arrays | Samples):
+    if isinstance(source, Arrays | Samples | Texts):
         return source
     if isinstance(source, str | Path):
         return load_arrays(source, split, **vars(o))
     if isinstance(source, TensorDataset):
         source = source.tensors
-    if isinstance(source, tuple | list) and len(source) == 2:
+    if isinstance(source, tuple | list) and len(source) == 2 and strings(source[0]):
+        return _lists(source[0], source[1], o)
+    if isinstance(source, tuple | list) and len(source) == 2 and not _sample_of_text(source[0]):
         x, y = (torch.as_tensor(t) for t in source)
         if y.dtype.is_floating_point or y.ndim != 1:
             raise ValueError(f"Expected labels to be integers of shape [n], but got {y.dtype} {list(y.shape)}.")
@@ -90,13 +114,53 @@ def split_of(names: list[str], split: str) -> str:
     raise ValueError(f"Expected the dataset to have a {split!r} split, but it has {names}.")
 
 
-def _samples(dataset: Any, o: Options) -> Samples:
+def strings(values: Any) -> bool:
+    """Whether `values` is a list of strings, or of pairs of strings."""
+    if isinstance(values, str | bytes) or not hasattr(values, "__len__") or isinstance(values, Tensor | Mapping):
+        return False
+    ends = (values[0], values[-1]) if len(values) else (None,)  # a missing text in between is an error of its own
+    return all(isinstance(v, str) for v in ends) or all(
+        isinstance(v, tuple | list) and len(v) == 2 and all(isinstance(s, str) for s in v) for v in ends
+    )
+
+
+def _sample_of_text(value: Any) -> bool:
+    """Whether it is one of two samples ``(text, label)``, or a mapping, rather than all inputs."""
+    return isinstance(value, Mapping) or (isinstance(value, tuple | list) and bool(value) and isinstance(value[0], str))
+
+
+def _lists(texts: Sequence[Any], labels: Any, o: Options) -> Texts:
+    if len(texts) != len(labels):
+        raise ValueError(f"Expected as many texts as labels, but got {len(texts)} and {len(labels)}.")
+    if o.partition_column is not None or o.text_column is not None:
+        raise ValueError("Expected `partition_column` and `text_column` to be None for a list of texts.")
+    values = [_item(v) for v in labels]
+    names = None
+    if all(isinstance(v, str) for v in values):
+        y, names = codes(values, o.class_names)
+    else:
+        y = torch.as_tensor(np.asarray(values))
+        if y.dtype.is_floating_point or y.ndim != 1:
+            raise ValueError(f"Expected labels to be integers of shape [n], but got {y.dtype} {list(y.shape)}.")
+    single = all(isinstance(t, str) for t in texts)
+    first, second = (list(texts), None) if single else map(list, zip(*texts, strict=True))
+    count = len(names) if names else int(y.max()) + 1
+    return tokenised(first, second, y.long(), count, o, class_names=names)
+
+
+def _samples(dataset: Any, o: Options) -> Samples | Texts:
     first = dataset[0] if len(dataset) else ()
     key = None
     if isinstance(first, Mapping):
         key = pick(o.label_column, [c for c in LABELS if c in first], list(first), "label_column")
     elif not (isinstance(first, tuple | list) and len(first) == 2):
         raise TypeError(f"Expected samples (input, label) or mappings, but the first is a {type(first).__name__}.")
+    text = _text_key(first, key, o)
+    if text is not None:
+        every = [dataset[i] for i in range(len(dataset))]
+        return _lists(
+            [s[text] for s in every], [s[1 if key is None else key] for s in every], replace(o, text_column=None)
+        )
     groups, column, labels = None, o.partition_column, getattr(dataset, "targets", None) if key is None else None
     if column is not None and (key is None or column not in first):
         raise ValueError(f"Expected `partition_column` to be one of {list(first) if key else []}, but got {column!r}.")
@@ -114,6 +178,18 @@ def _samples(dataset: Any, o: Options) -> Samples:
     return Samples(dataset, y.long(), int(y.max()) + 1, groups, key)
 
 
+def _text_key(sample: Any, label: str | None, o: Options) -> Any:
+    """Where a sample has its text, if it is one: 0 in a pair, a key in a mapping."""
+    if label is None:
+        return 0 if isinstance(sample[0], str) else None
+    if "input_ids" in sample:
+        return None
+    texts = [k for k, v in sample.items() if isinstance(v, str) and k not in (label, o.partition_column)]
+    if isinstance(o.text_column, str):
+        return pick(o.text_column, (), list(sample), "text_column")
+    return next((k for k in TEXTS if k in texts), texts[0] if len(texts) == 1 else None)
+
+
 def _item(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) else value
 
@@ -129,26 +205,43 @@ def load_arrays(
     image_size: int | None = None,
     cache_dir: str | Path | None = None,
     class_names: tuple[str, ...] | None = None,
-) -> Arrays:
-    """Load one split of an image classification set into memory.
+    text_column: str | Sequence[str] | None = None,
+    tokenizer: Any = None,
+    max_length: int = 128,
+) -> Arrays | Texts:
+    """Load one split of a set of images or texts into memory.
 
     Args:
-        name_or_path: ``"digits"`` (built in), a preset (`PRESETS`), a name on the public hub, a parquet file, a folder with
-            ``train*.parquet`` and ``test*.parquet`` or ``validation*.parquet``, or an image folder. A name is looked for
-            in `data_dir` and in the folders of ``$DYNFED_DATA`` before the hub.
+        name_or_path: ``"digits"`` (built in), a preset (`PRESETS`, `TEXT_PRESETS`), a name on the public hub, a parquet file,
+            a folder with ``train*.parquet`` and ``test*.parquet`` or ``validation*.parquet``, or an image folder. A name is
+            looked for in `data_dir` and in the folders of ``$DYNFED_DATA`` before the hub.
         split: ``"train"`` or ``"test"`` (the validation split where there is no test split).
         data_dir: a folder that holds ``<name>/train.parquet``, or is that folder.
         image_column, label_column: by default the preset's, or the first that looks like one.
         partition_column: a column to keep as `Arrays.groups`, such as a writer's id.
         image_size: resize images to this many pixels a side.
-        cache_dir: where decoded images are kept; default ``$DYNFED_CACHE``, else the user's cache folder.
+        cache_dir: where decoded images and tokens are kept; default ``$DYNFED_CACHE``, else the user's cache folder.
         class_names: the names behind labels that are strings, in order (the training split's).
+        text_column: the column of text, or the two of a pair; by default the first that looks like one.
+        tokenizer: for text, see `text.load_tokenizer`.
+        max_length: cut longer texts to so many tokens.
 
     Raises:
         ValueError: an unknown dataset, split or column.
         ImportError: a package of the ``data`` extra is missing.
     """
-    o = Options(data_dir, image_column, label_column, partition_column, image_size, cache_dir, class_names)
+    o = Options(
+        data_dir,
+        image_column,
+        label_column,
+        partition_column,
+        image_size,
+        cache_dir,
+        class_names,
+        text_column,
+        tokenizer,
+        max_length,
+    )
     name = str(name_or_path)
     if name == "digits":
         if image_size not in (None, 8):
@@ -156,25 +249,36 @@ def load_arrays(
         for argument, column in (("image", image_column), ("label", label_column), ("partition", partition_column)):
             pick(column, ("",), ("image", "label"), f"{argument}_column")
         return _digits(split)
-    preset = PRESETS.get(name)
-    if preset is not None:
+    preset: Preset | TextPreset | None = PRESETS.get(name) or TEXT_PRESETS.get(name)
+    hidden: tuple[str, ...] = ()
+    if isinstance(preset, Preset):
         o = replace(o, image_column=image_column or preset.image, label_column=label_column or preset.label)
+    elif preset is not None:
+        o = replace(o, text_column=text_column or preset.text, label_column=label_column or preset.label)
+        hidden = preset.hidden
     found = _find(name, data_dir) if preset or not Path(name).exists() else Path(name)
     if found is None:
-        splits = load_hub(preset.hub if preset else name, name, ("digits", *PRESETS))
-        arrays = from_hf(splits[split_of(list(splits), split)], o)
+        splits = load_hub(preset.hub if preset else name, name, ("digits", *PRESETS, *TEXT_PRESETS))
+        arrays = from_hf(splits[split_of([s for s in splits if s not in hidden], split)], o)
     elif found.is_file() or _parquet_files(found):
-        arrays = read_parquet(_split_files(found, split), o)
+        arrays = read_parquet(_split_files(found, split, hidden), o)
     else:
         splits = load_image_folder(found)
         arrays = from_hf(splits[split_of(list(splits), split)], o)
-    if not isinstance(arrays, Arrays):
-        raise ValueError(f"Expected {name!r} to have images, but its columns are {list(arrays.dataset.features)}.")
+    if isinstance(arrays, Samples):
+        columns = list(arrays.dataset.features)
+        raise ValueError(f"Expected {name!r} to have images or text, but its columns are {columns}.")
     return _finish(arrays, preset)
 
 
-def _finish(arrays: Arrays, preset: Preset | None) -> Arrays:
-    if preset is None or arrays.inputs.dtype != torch.uint8 or arrays.inputs.shape[1] != len(preset.mean):
+def _finish(arrays: Arrays | Texts, preset: Preset | TextPreset | None) -> Arrays | Texts:
+    if isinstance(arrays, Texts):
+        return replace(arrays, num_classes=max(arrays.num_classes, preset.num_classes)) if preset else arrays
+    if (
+        not isinstance(preset, Preset)
+        or arrays.inputs.dtype != torch.uint8
+        or arrays.inputs.shape[1] != len(preset.mean)
+    ):
         return arrays
     names = arrays.class_names
     return Arrays(arrays.inputs, arrays.labels, preset.num_classes, preset.mean, preset.std, arrays.groups, names)
@@ -203,7 +307,7 @@ def _parquet_files(folder: Path) -> list[Path]:
     return here or (below if len(parents) == 1 or all(p.startswith(_STARTS) for p in parents) else [])
 
 
-def _split_files(path: Path, split: str) -> list[Path]:
+def _split_files(path: Path, split: str, hidden: tuple[str, ...] = ()) -> list[Path]:
     if path.is_file():
         if path.suffix != ".parquet":
             raise ValueError(f"Expected a .parquet file or a folder, but got {str(path)!r}.")
@@ -212,6 +316,8 @@ def _split_files(path: Path, split: str) -> list[Path]:
         return [path]
     # `train-00000-of-00002.parquet` as the hub names them, or `train/part-0.parquet`.
     names = {f: f.name if f.name.startswith(_STARTS) else f.relative_to(path).parts[0] for f in _parquet_files(path)}
+    if hidden:
+        names = {f: n for f, n in names.items() if not n.startswith(hidden)}
     if split == "train" and not any(n.startswith(_STARTS) for n in names.values()):
         return list(names)
     start = next((s for s in _SPLITS.get(split, (split,)) if any(n.startswith(s) for n in names.values())), None)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
 from torchmetrics.aggregation import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -18,11 +19,12 @@ from dynfed_lightning.module import ClientModule
 
 
 @torch.no_grad()
-def check_outputs(module: L.LightningModule, data: L.LightningDataModule, num_classes: int | None) -> None:
-    """Two rows through a copy of the model, before any training.
+def check_outputs(module: L.LightningModule, data: Any, num_classes: int | None) -> None:
+    """Two rows through a copy of the model, before any training; of text also the last token and the longest row.
 
     Raises:
-        ValueError: the output has not `num_classes` columns.
+        ValueError: the output has not `num_classes` columns; the tokeniser has more tokens than the model has embeddings, or a
+            text is longer than the model takes.
     """
     if not num_classes:
         return
@@ -30,12 +32,36 @@ def check_outputs(module: L.LightningModule, data: L.LightningDataModule, num_cl
     inputs, _ = split_batch(next(iter(loader)))
     probe = copy.deepcopy(module).eval().to("cpu")
     rows = take(inputs, 2)
+    if isinstance(rows, Mapping) and "input_ids" in rows and getattr(data, "vocab_size", None):
+        _check_tokens(probe, rows, data.vocab_size, data.longest_text)
     output = logits_of(call_model(probe, rows))
     if output.ndim != 2 or output.shape[1] != num_classes:
         raise ValueError(
             f"Expected a model with outputs of shape [batch, {num_classes}], as the data has {num_classes} classes, "
             f"but {type(module).__name__} gives {list(output.shape)} for a batch of {num_rows(rows)}."
         )
+
+
+def _check_tokens(probe: L.LightningModule, rows: Mapping[str, Tensor], vocab_size: int, longest: int) -> None:
+    def text(length: int, token: int) -> dict[str, Tensor]:
+        filled = {k: torch.ones(1, length, dtype=v.dtype) for k, v in rows.items()}
+        return filled | {"input_ids": torch.full((1, length), token)}
+
+    try:
+        call_model(probe, text(1, vocab_size - 1))
+    except IndexError:
+        raise ValueError(
+            f"Expected a model with embeddings for the tokenizer's {vocab_size} tokens (its `vocab_size`), "
+            f"but {type(probe).__name__} has fewer."
+        ) from None
+    try:
+        call_model(probe, text(longest, vocab_size - 1))
+    except (IndexError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"Expected a model for texts of up to {longest} tokens, but {type(probe).__name__} refuses them ({reason}): "
+            "set the data's `max_length`."
+        ) from None
 
 
 class Evaluator:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dynfed_lightning.arrays import Arrays, Samples
+from dynfed_lightning.arrays import Arrays, Samples, Table, Texts
 from dynfed_lightning.partition import torch_generator
 
 # ``augment(inputs, generator) -> inputs``; not typed further, for a configuration may name a class of such objects.
@@ -29,12 +29,12 @@ class RowLoader:
             the batch before it.
         seed: shuffle with this seed; ``None``: in the order of `rows`, every epoch.
         drop_last: leave out a last batch that is not full (never the only one).
-        augment: ``augment(inputs, generator) -> inputs`` on every normalised batch of an in-memory table.
+        augment: ``augment(inputs, generator) -> inputs`` on every normalised batch of an in-memory table (of text: on its dict).
     """
 
     def __init__(
         self,
-        table: Arrays | Samples,
+        table: Table,
         rows: Tensor,
         batch_size: int,
         seed: int | None = None,
@@ -72,14 +72,13 @@ class RowLoader:
         else:
             yield from self._batches(self.table, batches, generator)
 
-    def _batches(
-        self, table: Arrays, batches: list[Tensor], generator: torch.Generator
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, table: Arrays | Texts, batches: list[Tensor], generator: torch.Generator) -> Iterator[Any]:
         for batch in batches:
-            inputs = table.batch(batch)
+            inputs: Any = table.batch(batch)
             if self.augment is not None:
                 inputs = self.augment(inputs, generator)
-            yield inputs, table.labels[batch]
+            labels = table.labels[batch]
+            yield {**inputs, "labels": labels} if isinstance(table, Texts) else (inputs, labels)
 
 
 class Cohorts:

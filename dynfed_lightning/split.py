@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynfed_lightning.arrays import Arrays, Options, Samples
-from dynfed_lightning.datasets import load_table
+from dynfed_lightning.arrays import Arrays, Options, Table
+from dynfed_lightning.datasets import load_table, strings
 from dynfed_lightning.partition import Natural, Partitioner, stratified_order
 
 
@@ -47,8 +47,8 @@ class Split:
         public: the server's data, or ``None``.
     """
 
-    table: Arrays | Samples
-    test: Arrays | Samples
+    table: Table
+    test: Table
     train: list[Tensor]
     val: list[Tensor]
     public_rows: Tensor
@@ -136,8 +136,8 @@ def make_split(
     return Split(table, test_table, train, val, public_rows, test_rows, shown)
 
 
-def _test_table(dataset: Any, test: Any, table: Arrays | Samples, options: Options) -> Arrays | Samples:
-    names = table.class_names if isinstance(table, Arrays) else None
+def _test_table(dataset: Any, test: Any, table: Table, options: Options) -> Table:
+    names = getattr(table, "class_names", None)
     o = replace(options, partition_column=None, class_names=names)
     if test is not None:
         whole = isinstance(test, str | Path) and Path(test).is_file()
@@ -150,14 +150,14 @@ def _test_table(dataset: Any, test: Any, table: Arrays | Samples, options: Optio
     return load_table(dataset, "test", o)
 
 
-def _like(other: Arrays | Samples, table: Arrays | Samples) -> Arrays | Samples:
+def _like(other: Table, table: Table) -> Table:
     """`other` with its images normalised as the training images are, whatever set they come from."""
     if isinstance(other, Arrays) and isinstance(table, Arrays) and other.inputs.shape[1:2] == table.inputs.shape[1:2]:
         return replace(other, mean=table.mean, std=table.std)
     return other
 
 
-def _public(public: Any, labelled: bool, table: Arrays | Samples, rows: Tensor, options: Options) -> PublicSet | None:
+def _public(public: Any, labelled: bool, table: Table, rows: Tensor, options: Options) -> PublicSet | None:
     if public is None:
         return None
     if isinstance(public, Tensor):
@@ -166,8 +166,13 @@ def _public(public: Any, labelled: bool, table: Arrays | Samples, rows: Tensor, 
                 "Expected `public` to have labels, since `public_labels` is True, but got a tensor of inputs."
             )
         return PublicSet(public)
+    if strings(public) and not labelled and isinstance(public, list):
+        unknown = (public, [0] * len(public))  # texts alone
+        return PublicSet(
+            load_table(unknown, "train", replace(options, text_column=None)).batch(torch.arange(len(public)))
+        )
     if not isinstance(public, int):
-        plain = replace(options, image_column=None, label_column=None, partition_column=None)
+        plain = replace(options, image_column=None, label_column=None, partition_column=None, text_column=None)
         table = _like(load_table(public, "train", plain), table)
         rows = torch.arange(len(table))
     return PublicSet(table.batch(rows), table.labels[rows] if labelled else None)

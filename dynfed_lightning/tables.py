@@ -13,21 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynfed_lightning.arrays import LABELS, Arrays, Options, Samples, codes, pick
+from dynfed_lightning.arrays import LABELS, Arrays, Options, Samples, Texts, codes, pick
 from dynfed_lightning.images import CACHE_FROM, cache_folder, cache_key, decode_images, missing, read_cache, write_cache
+from dynfed_lightning.text_table import text_columns, tokenised
 
 _IMAGES = ("image", "img", "pixel_values")
 
 
-def read_parquet(files: Sequence[Path], o: Options) -> Arrays:
-    """One split from parquet files, with the decoded images cached on disk where there are many.
+def read_parquet(files: Sequence[Path], o: Options) -> Arrays | Texts:
+    """One split from parquet files, with the decoded images or the tokens cached on disk where there are many.
 
     Args:
         files: the split's files, in order.
-        o: columns, image size, cache folder.
+        o: columns, image size, tokeniser, cache folder.
 
     Raises:
-        ValueError: a column that is not there or does not hold images or labels.
+        ValueError: a column that is not there or does not hold images, text or labels.
         ImportError: pyarrow is not installed.
     """
     try:
@@ -43,11 +44,24 @@ def read_parquet(files: Sequence[Path], o: Options) -> Arrays:
             f"Expected parquet files, but one of {[f.name for f in files]} cannot be read: {error}"
         ) from None
     schema = opened[0].schema_arrow
-    image = _image_column(schema, o)
-    if image is None:
-        raise ValueError(f"Expected `image_column` to be one of the columns {schema.names}, but got None.")
+    image = None if o.text_column is not None else _image_column(schema, o)
     label, group = _other_columns(schema.names, o)
     names = o.class_names or _class_names(schema, label)
+
+    def read(*columns: str | None) -> Any:
+        wanted = list(dict.fromkeys(c for c in columns if c))
+        try:
+            return pa.concat_tables([f.read(columns=wanted) for f in opened])
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"Expected {wanted} alike in all of {[f.name for f in files]}, but: {error}") from None
+
+    if image is None:
+        texts = text_columns(_strings(schema, label, group), schema.names, o)
+        if texts is None:
+            raise ValueError(
+                f"Expected images or text, but the columns are {schema.names}: give `image_column` or `text_column`."
+            )
+        return _to_texts(read(*texts, label, group), texts, label, group, names, o)
 
     file = None
     if sum(f.metadata.num_rows for f in opened) >= CACHE_FROM:
@@ -56,28 +70,21 @@ def read_parquet(files: Sequence[Path], o: Options) -> Arrays:
         cached = read_cache(file)
         if cached is not None:
             return _from_cache(*cached)
-    wanted = list(dict.fromkeys(c for c in (image, label, group) if c))
-    try:
-        table = pa.concat_tables([f.read(columns=wanted) for f in opened])
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"Expected {wanted} alike in all of {[f.name for f in files]}, but: {error}") from None
-    return _to_arrays(table, image, label, group, names, o.image_size, file)
+    return _to_arrays(read(image, label, group), image, label, group, names, o.image_size, file)
 
 
-def from_hf(dataset: Any, o: Options) -> Arrays | Samples:
-    """A `datasets.Dataset`: in memory if it has images, else read sample by sample as torch tensors."""
+def from_hf(dataset: Any, o: Options) -> Arrays | Samples | Texts:
+    """A `datasets.Dataset`: in memory if it has images or text, else read sample by sample as torch tensors."""
     schema = dataset.features.arrow_schema
     label, group = _other_columns(dataset.column_names, o)
     names = o.class_names or getattr(dataset.features[label], "names", None)
-    image = _image_column(schema, o)
+    image = None if o.text_column is not None else _image_column(schema, o)
     if image is None:
+        texts = text_columns(_strings(schema, label, group), dataset.column_names, o)
+        if texts is not None:
+            return _to_texts(dataset.with_format("arrow")[:], texts, label, group, names, o)
         y, names = _labels(dataset.with_format("arrow")[:].column(label), label, names)
         groups = codes(dataset[group][:])[0] if group else None
-        if any(getattr(f, "dtype", None) == "string" for c, f in dataset.features.items() if c != group):
-            raise ValueError(
-                f"Expected columns of images or numbers, but got text among {dataset.column_names}: tokenise it first "
-                "and drop the text column."
-            )
         return Samples(dataset.with_format("torch"), y, _count(y, names), groups, label)
     file, fingerprint = None, getattr(dataset, "_fingerprint", None)
     if len(dataset) >= CACHE_FROM and fingerprint:
@@ -149,6 +156,13 @@ def _image_column(schema: Any, o: Options) -> str | None:
     return next((c for c in _IMAGES if c in schema.names), None)
 
 
+def _strings(schema: Any, label: str, group: str | None) -> list[str]:
+    import pyarrow as pa
+
+    kinds = (pa.types.is_string, pa.types.is_large_string)
+    return [f.name for f in schema if f.name not in (label, group) and any(kind(f.type) for kind in kinds)]
+
+
 def _other_columns(columns: Sequence[str], o: Options) -> tuple[str, str | None]:
     label = pick(o.label_column, [c for c in LABELS if c in columns], columns, "label_column")
     return label, pick(o.partition_column, (), columns, "partition_column") if o.partition_column else None
@@ -196,6 +210,17 @@ def _to_arrays(
         tensors = {"inputs": inputs, "labels": y} | ({} if groups is None else {"groups": groups})
         write_cache(file, tensors, {"num_classes": str(arrays.num_classes), "class_names": json.dumps(kept)})
     return arrays
+
+
+def _to_texts(
+    table: Any, texts: Sequence[str], label: str, group: str | None, names: Sequence[str] | None, o: Options
+) -> Texts:
+    y, kept = _labels(table.column(label), label, names)
+    groups = codes(table.column(group).to_pylist())[0] if group else None
+    columns = [table.column(name).to_pylist() for name in texts]
+    pairs = columns[1] if len(columns) > 1 else None
+    count, column = _count(y, kept), " and ".join(texts)
+    return tokenised(columns[0], pairs, y, count, o, column=column, groups=groups, class_names=kept)
 
 
 def _inputs(column: Any, name: str, image_size: int | None) -> Tensor:

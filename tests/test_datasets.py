@@ -244,7 +244,7 @@ def test_datasets_objects_without_images_give_samples() -> None:
     got = load_table(table, options=Options(partition_column="who"))
     assert isinstance(got, Samples) and got.labels.tolist() == [1, 0, 1] and got.num_classes == 2
     assert got.groups is not None and got.groups.tolist() == [1, 0, 1]
-    with pytest.raises(ValueError, match="tokenise it first"):
+    with pytest.raises(ValueError, match="`tokenizer` to be given, since `text` is text"):
         load_table(datasets.Dataset.from_dict({"text": ["a"], "label": [0]}))
 
 
