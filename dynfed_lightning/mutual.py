@@ -10,20 +10,18 @@ federation (FedKD, FML) it is of use wherever a large and a small model are to b
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynfed_lightning.batches import call_model, split_batch, take
 from dynfed_lightning.callbacks import ExtraLoss
 from dynfed_lightning.capture import AskForStates, Capture, LayerMap, find_layer
+from dynfed_lightning.co_training import RandomStream, check_trainer, step, world_size
 from dynfed_lightning.hidden import HiddenLoss, Switch
 from dynfed_lightning.losses import Sides, adaptive_divisor, mutual_kl, mutual_losses
 from dynfed_lightning.module import ClientModule
@@ -127,7 +125,7 @@ class MutualDistillation(ExtraLoss):
         self._optimizer: Optimizer | None = None
         self._schedulers: list[Any] = []
         self._projection_optimizer: Optimizer | None = None
-        self._random: dict[str, Tensor] = {}
+        self._random: RandomStream | None = None
         self._pending = False
         self._steps = 0
         self._loaded: Mapping[str, Any] | None = None
@@ -199,7 +197,7 @@ class MutualDistillation(ExtraLoss):
         """
         if pl_module is self.peer or {id(p) for p in pl_module.parameters()} & {id(p) for p in self.peer.parameters()}:
             raise ValueError("Expected a peer that shares no parameters with the module: copy it first.")
-        plugin = _check_trainer(trainer)
+        plugin = check_trainer(trainer)
         loaded, self._loaded = self._loaded or {}, None
         if "peer" in loaded:
             self.given.load_state_dict(loaded["peer"])
@@ -222,8 +220,9 @@ class MutualDistillation(ExtraLoss):
             self._make_projection_optimizer()
             if "projection_optimizer" in loaded and self._projection_optimizer is not None:
                 self._projection_optimizer.load_state_dict(copy.deepcopy(loaded["projection_optimizer"]))
-        self._start_stream(pl_module.device, loaded.get("random"))
-        if _world_size(trainer) > 1:
+        seed = derive_seed(torch.initial_seed(), "peer")
+        self._random = RandomStream(seed, pl_module.device, loaded.get("random"))
+        if world_size(trainer) > 1:
             for tensor in (*self.peer.parameters(), *self.peer.buffers(), *self.hidden.parameters()):
                 torch.distributed.broadcast(tensor.data, 0)
         self._pending, self._steps = False, int(loaded.get("steps", 0))
@@ -258,7 +257,8 @@ class MutualDistillation(ExtraLoss):
         """Eq. 6 + eq. 7: the sum of both sides' losses."""
         ours = None if self._captures is None else self._captures[0].take()
         theirs = None
-        with self._stream(pl_module.device):
+        assert self._random is not None
+        with self._random.used():
             if self._captures is not None:
                 self._captures[1].start()
             peer_loss = self._peer_step(pl_module, batch, batch_idx)
@@ -312,27 +312,10 @@ class MutualDistillation(ExtraLoss):
             return
         self._pending = False
         optimizers = [o for o in (self._optimizer, self._projection_optimizer) if o is not None]
-        parameters = [p for o in optimizers for g in o.param_groups for p in g["params"]]
-        if _world_size(trainer) > 1:
-            _average_gradients(parameters)
-        scaler = getattr(getattr(trainer, "precision_plugin", None), "scaler", None)
-        if scaler is not None:
-            for o in optimizers:
-                scaler.unscale_(o)
-        _clip(trainer, parameters)
-        for o in optimizers:
-            rates = [g["lr"] for g in o.param_groups]
-            if o is self._projection_optimizer and self._optimizer is not None:
-                rates = [self._optimizer.param_groups[0]["lr"]] * len(rates)
-            for group, rate in zip(o.param_groups, rates, strict=True):
-                group["lr"] = rate * self.lr_factor
-            if scaler is None:
-                o.step()
-            else:
-                scaler.step(o)  # skips it if a gradient is not finite; the Trainer updates the scale once for all
-            for group, rate in zip(o.param_groups, rates, strict=True):
-                group["lr"] = rate
-            o.zero_grad()
+        if self._projection_optimizer is not None:
+            for group in self._projection_optimizer.param_groups:  # W_h follows the peer's schedule
+                group["lr"] = optimizers[0].param_groups[0]["lr"]
+        step(trainer, optimizers, self.lr_factor)
         self._steps += 1
         for s in self._schedulers:
             if s.interval == "step" and self._steps % s.frequency == 0:
@@ -361,33 +344,6 @@ class MutualDistillation(ExtraLoss):
             self._projection_optimizer = type(self._optimizer)(maps, **self._optimizer.defaults)
         except TypeError:  # one whose constructor takes other names than its groups have
             self._projection_optimizer = torch.optim.AdamW(maps, lr=self._optimizer.param_groups[0]["lr"])
-
-    # ------------------------------------------------------------------ random
-
-    def _start_stream(self, device: torch.device, state: Mapping[str, Tensor] | None) -> None:
-        seed = derive_seed(torch.initial_seed(), "peer")
-        self._random = {"cpu": torch.Generator().manual_seed(seed).get_state()}
-        if device.type == "cuda":
-            self._random["cuda"] = torch.Generator(device).manual_seed(seed).get_state()
-        for kind in self._random.keys() & (state or {}).keys():
-            self._random[kind] = (state or {})[kind].cpu()
-
-    @contextmanager
-    def _stream(self, device: torch.device) -> Iterator[None]:
-        """Random numbers of the peer's own."""
-        cuda = device if device.type == "cuda" else None
-        before = torch.get_rng_state(), None if cuda is None else torch.cuda.get_rng_state(cuda)
-        torch.set_rng_state(self._random["cpu"])
-        if cuda is not None:
-            torch.cuda.set_rng_state(self._random["cuda"], cuda)
-        try:
-            yield
-        finally:
-            self._random["cpu"] = torch.get_rng_state()
-            torch.set_rng_state(before[0])
-            if cuda is not None and before[1] is not None:
-                self._random["cuda"] = torch.cuda.get_rng_state(cuda)
-                torch.cuda.set_rng_state(before[1], cuda)
 
     # ----------------------------------------------------------- what it tells
 
@@ -419,7 +375,7 @@ class MutualDistillation(ExtraLoss):
         state: dict[str, Any] = {
             "peer": dict(self.given.state_dict()),
             "projections": self.hidden.weights(),
-            "random": dict(self._random),
+            "random": {} if self._random is None else dict(self._random.state),
             "steps": self._steps,
         }
         if self._optimizer is not None:
@@ -439,50 +395,3 @@ def _pair(name: str, value: Any) -> tuple[float, float]:
     if len(pair) != 2 or not all(isinstance(v, (int, float)) and not isinstance(v, bool) and v >= 0 for v in pair):
         raise ValueError(f"Expected `{name}` to be a number >= 0 or a pair (student's, teacher's), but got {value!r}.")
     return float(pair[0]), float(pair[1])
-
-
-def _check_trainer(trainer: Any) -> Precision | None:
-    """The precision plugin, None in the bare loop, after refusing what would train the peer wrongly."""
-    strategy = getattr(trainer, "strategy", None)
-    if strategy is None:
-        return None
-    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
-        raise ValueError(
-            f"Expected a single device or DDP under MutualDistillation, but got {type(strategy).__name__}: the peer is not "
-            "part of the module, so a strategy that shards or wraps the module would leave it out."
-        )
-    plugin = trainer.precision_plugin
-    if type(plugin) is not Precision and not isinstance(plugin, (MixedPrecision, HalfPrecision, DoublePrecision)):
-        raise ValueError(
-            f"Expected `precision` to be 32, 64, 16 or bf16, mixed or true, under MutualDistillation, but got {plugin.precision}."
-        )
-    return plugin
-
-
-def _world_size(trainer: Any) -> int:
-    return int(getattr(trainer, "world_size", 1))
-
-
-@torch.no_grad()
-def _average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """The mean over the ranks, in one collective; a parameter that no rank has a gradient of stays without."""
-    used = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
-    flat = torch.cat(
-        [used, *(torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters)]
-    )
-    torch.distributed.all_reduce(flat)
-    used, flat = flat[: len(parameters)], flat[len(parameters) :] / torch.distributed.get_world_size()
-    for p, count, grad in zip(parameters, used.tolist(), flat.split([p.numel() for p in parameters]), strict=True):
-        if count:
-            p.grad = grad.view_as(p).to(p.dtype)
-
-
-def _clip(trainer: Any, parameters: Sequence[nn.Parameter]) -> None:
-    """The Trainer's own rule, on the peer's gradients by themselves."""
-    value = getattr(trainer, "gradient_clip_val", None)
-    if value is None:
-        return
-    if str(getattr(trainer, "gradient_clip_algorithm", None) or "norm").endswith("value"):
-        nn.utils.clip_grad_value_(parameters, value)
-    else:
-        nn.utils.clip_grad_norm_(parameters, value)
