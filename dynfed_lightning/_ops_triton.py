@@ -20,6 +20,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from . import _reference
+
 CAPABILITY = (8, 0)  # the oldest GPU the kernels are compiled and tested for
 
 
@@ -111,3 +113,19 @@ def rotate(x: Tensor, table: Tensor, block: int, seed: int, inverse: bool) -> No
     from .kernels.rotate import rotate
 
     rotate(x, table, block, seed, inverse)
+
+
+def symmetric_eigh(a: Tensor, w: Tensor, v: Tensor) -> None:
+    """`torch.linalg.eigh`: Triton has no kernel for this.
+
+    A round of Jacobi rotations pairs the indices anew. Triton keeps matrices in registers, in layouts that say who holds what,
+    so each round would send all of them through shared memory, between ten or so barriers that Triton places: thousands for a
+    matrix of 32 rows, and slower than cuSOLVER. The CUDA kernel rotates in place, between two.
+    """
+    _reference.symmetric_eigh(a, w, v)
+
+
+def squared_norm(a: Tensor, out: Tensor) -> None:
+    from .kernels.squared_norm import squared_norm
+
+    squared_norm(a, out)

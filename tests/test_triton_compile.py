@@ -255,6 +255,30 @@ def test_tables_compile(launched: Launched, tmp_path: Path) -> None:
     assert len(launched()) == 6
 
 
+SLOW_TYPES = [pytest.param(t, marks=pytest.mark.slow) for t in (torch.float64, torch.bfloat16, torch.float16)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *SLOW_TYPES], ids=str)
+def test_squared_norm(launched: Launched, tmp_path: Path, dtype: torch.dtype) -> None:
+    """32 values a thread, read whole lines a warp; the sum of a tile and that of the tiles."""
+    triton_ops.squared_norm(torch.zeros(48, 768, 768, dtype=dtype), torch.zeros(48, dtype=torch.float64))
+    tiles, total = launched()
+    code = Code(tiles, tmp_path)
+    code.check(registers=128, instructions=800)
+    assert code.count(r"LDG\.E.*") == 2 * 32  # and as many for the end of a matrix
+    Code(total, tmp_path).check(registers=64, instructions=500)
+
+
+def test_a_norm_has_one_kernel_whatever_the_address_and_the_size(launched: Launched) -> None:
+    """Its layout, and so the order of summation, would depend on them."""
+    seen = set()
+    for batch, size, by in ((3, 8191, 1), (1, 768 * 768, 0), (16, 4096 * 16, 4)):
+        a = torch.zeros(batch * size + by)[by:].view(batch, 1, size)
+        triton_ops.squared_norm(a, torch.zeros(batch, dtype=torch.float64))
+        seen.update(kernel.hash for kernel in launched())
+    assert len(seen) == 2
+
+
 def test_values_do_not_change_the_kernel(launched: Launched) -> None:
     """Seeds, offsets, sizes and weights are no reason to compile again."""
     seen = set()

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from dense_support import DTYPES as NORM_DTYPES
+from dense_support import F64, SHAPES, matrices, normal
 from ops_support import same, values
 from torch import Tensor
 
@@ -330,3 +332,43 @@ def interpreted_lists_must_fit_the_table() -> None:
 
 def interpreted_it_is_available() -> None:
     assert triton_ops.available() is None
+
+
+@pytest.mark.parametrize("dtype", NORM_DTYPES, ids=str)
+def interpreted_squared_norm(dtype: torch.dtype) -> None:
+    for m, n in (*SHAPES, (64, 64), (1, 4097)):
+        inner, _ = guarded(3 * m * n, dtype, 1)
+        a = inner.copy_(normal(3 * m * n, seed=m + n)).view(3, m, n)
+        got, around = guarded(3, F64)
+        triton_ops.squared_norm(a, got)
+        want = a.to(F64).square().sum(dim=(1, 2))
+        assert float(((got - want) / want).abs().max()) < 1e-14 and intact(got, around), (m, n)
+
+
+def interpreted_norms_of_what_is_no_number() -> None:
+    a = normal(3, 100, 50).float()
+    got, again = torch.zeros(3, dtype=F64), torch.zeros(3, dtype=F64)
+    triton_ops.squared_norm(a, got)
+    a[0, 0, 0], a[2, -1, -1] = float("nan"), -float("inf")
+    triton_ops.squared_norm(a, again)
+    assert bool(again[0].isnan()) and float(again[1]) == float(got[1]) and float(again[2]) == float("inf")
+    triton_ops.squared_norm(torch.zeros(3, 0, 5), again)
+    assert again.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("tiles", [1, 1023, 1024, 2500])
+def interpreted_sums_of_many_tiles(tiles: int) -> None:
+    from dynfed_lightning.kernels.launch import launch
+    from dynfed_lightning.kernels.squared_norm import PARTS, add_tiles_kernel
+
+    partial, (got, around) = normal(2, tiles).square(), guarded(2, F64)
+    launch(add_tiles_kernel, 2, partial, partial, tiles, got, PARTS)
+    assert torch.allclose(got, partial.sum(dim=1), rtol=1e-14, atol=0.0) and intact(got, around)
+
+
+def interpreted_symmetric_eigh_is_the_reference() -> None:
+    a = matrices(9)
+    got, want = ((torch.zeros(6, 9, dtype=F64), torch.zeros(6, 9, 9, dtype=F64)) for _ in range(2))
+    triton_ops.symmetric_eigh(a, *got)
+    reference.symmetric_eigh(a, *want)
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
