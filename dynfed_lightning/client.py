@@ -16,7 +16,7 @@ from dynfed_lightning.message import Message
 from dynfed_lightning.schema import Schema
 from dynfed_lightning.seeds import derive_seed
 from dynfed_lightning.store import MemoryStore, State
-from dynfed_lightning.tensors import travelling
+from dynfed_lightning.tensors import Tensors, travelling
 
 if TYPE_CHECKING:
     from dynfed_lightning.data import ClientData
@@ -61,6 +61,10 @@ class ClientRuntime:
         self.downlink_schema = algorithm.downlink_schema(weights)
         self._receiver = DownlinkReceiver(algorithm.downlink)
         self._staged: dict[int, State] = {}  # what clients will remember if the server accepts their reply
+
+    def agree(self, initial: Tensors | None) -> None:
+        """The weights that clients hold before their first round without having been sent any; None: they hold nothing."""
+        self._receiver.initial = initial
 
     def run(self, request: bytes) -> bytes:
         """One client's round.

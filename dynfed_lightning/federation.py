@@ -23,17 +23,18 @@ from dynfed_lightning.algorithm import Algorithm, Reply, Server, finite_number
 from dynfed_lightning.algorithms.fedavg import FedAvg
 from dynfed_lightning.client import ClientRuntime
 from dynfed_lightning.codec import CodecContext
-from dynfed_lightning.data import FederatedDataModule
-from dynfed_lightning.downlink import DownlinkSender
+from dynfed_lightning.downlink import DownlinkSender, initial_tensors
 from dynfed_lightning.errors import ClientFailure, PayloadError
 from dynfed_lightning.evaluation import Evaluator, check_outputs, has_own_validation, run_user_hook
 from dynfed_lightning.local import LocalExecutor, as_executor
 from dynfed_lightning.message import Message
+from dynfed_lightning.outer import federated_data
 from dynfed_lightning.records import (
     ClientRecord,
     RoundRecord,
     mean_bits,
     mean_loss,
+    mean_rank,
     planned_rounds,
     round_failure,
 )
@@ -56,12 +57,15 @@ class Federation(L.LightningModule):
             default ``SGD(lr=1)``, i.e. plain averaging. ``Adam`` gives FedAdam.
         seed: everything random follows from it, the round and the client's id.
         min_clients: with fewer replies than this a round raises `RoundFailure`.
+        initial: ``"sent"``: a client's first download holds the weights. ``"known"``: every client has the initial weights
+            already, e.g. a published checkpoint, so that the first round sends none.
         num_classes: C; default: the data module's. 0 for a task that is no classification: then only what the module's own
             ``validation_step`` logs is reported.
 
     Logs every round ``accuracy`` and ``test_loss`` of the global model on the whole test set (of the clients' own models
-    for a personalised method), ``train_loss``, ``mb_up`` and ``mb_down`` (10^6 bytes, cumulative), ``bits``, ``clients``,
-    ``failed`` and ``failed/<reason>``, and whatever the user's own ``validation_step`` logs.
+    for a personalised method, which may add ``global_accuracy`` and ``global_loss``), ``train_loss``, ``mb_up`` and ``mb_down``
+    (10^6 bytes, cumulative), ``bits`` and ``rank`` of the uploads, the ``energy`` their factors were to keep, ``rank_down``,
+    ``clients``, ``failed`` and ``failed/<reason>``, and whatever the user's own ``validation_step`` logs.
 
     Example::
 
@@ -78,6 +82,7 @@ class Federation(L.LightningModule):
         server_optimizer: Callable[[Iterable[torch.nn.Parameter]], Optimizer] | None = None,
         seed: int = 0,
         min_clients: int = 1,
+        initial: str = "sent",
         num_classes: int | None = None,
     ) -> None:
         super().__init__()
@@ -90,6 +95,8 @@ class Federation(L.LightningModule):
             raise TypeError(f"Expected `algorithm` to be an Algorithm, but got {type(algorithm).__name__}.")
         if not isinstance(min_clients, int) or min_clients < 1:
             raise ValueError(f"Expected `min_clients` to be a positive integer, but got {min_clients!r}.")
+        if initial not in ("sent", "known"):
+            raise ValueError(f"Expected `initial` to be 'sent' or 'known', but got {initial!r}.")
         if not travelling(module)[0]:
             raise ValueError("Expected `module` to have trainable parameters, but it has none.")
         if isinstance(seed, bool) or not isinstance(seed, int):
@@ -104,6 +111,7 @@ class Federation(L.LightningModule):
         self.server_optimizer = server_optimizer
         self.seed = seed
         self.min_clients = min_clients
+        self.initial = initial
         self.num_classes = num_classes
         self.store = MemoryStore()
         self.transport: Transport | None = None
@@ -117,7 +125,10 @@ class Federation(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Wire server, clients and transport to the data module; every mismatch is found here, before training."""
-        data = self._check_trainer()
+        data = federated_data(self.trainer, self.algorithm.pooled, self.min_clients)
+        num_rounds = planned_rounds(self.trainer)
+        for codec in (self.algorithm.uplink, self.algorithm.downlink):
+            codec.check_rounds(num_rounds)
         # A fit that starts at round 1 starts anew; a longer second fit, or a test in between, goes on with what there is.
         fresh = self.server is None or (stage == "fit" and self.trainer.current_epoch == 0)
         if fresh:
@@ -141,6 +152,7 @@ class Federation(L.LightningModule):
             num_classes=classes,
             public=data.public_set,
             seed=self.seed,
+            probe=lambda: next(iter(data.val_dataloader())),
         )
         self.server.state = state
         self.algorithm.setup(self.server, self.executor)
@@ -155,43 +167,21 @@ class Federation(L.LightningModule):
         )
         # Once with nothing in it, so that a codec that cannot work downwards is found before the second round.
         empty = {s.name: torch.zeros(s.shape, dtype=s.dtype) for s in self.runtime.downlink_schema}
-        ctx = CodecContext(num_rounds=planned_rounds(self.trainer))
-        self.algorithm.downlink.encode(empty, ctx, self.runtime.downlink_schema)
+        self.algorithm.downlink.encode(empty, CodecContext(num_rounds=num_rounds), self.runtime.downlink_schema)
         self.transport = InProcessTransport(self.runtime.run, self.runtime.settle)
         self._evaluator = Evaluator(classes)
+        self._global: Evaluator | None = None  # beside the clients' own models
         self._split = data.split_hash
         if self._loaded is not None:
             loaded, self._loaded = self._loaded, None
             self._restore(loaded)
 
-    def _check_trainer(self) -> FederatedDataModule:
-        """The data module, after refusing what a federation's outer Trainer cannot be."""
-        data = getattr(self.trainer, "datamodule", None)
-        if not isinstance(data, FederatedDataModule):
-            raise TypeError(
-                f"Expected `datamodule` to be a FederatedDataModule, but got {type(data).__name__}: "
-                "`trainer.fit(federation, datamodule=FederatedDataModule(...))`."
-            )
-        if self.trainer.world_size > 1:
-            raise ValueError(
-                f"Expected one process in the outer Trainer, but got {self.trainer.world_size}: pass `devices=1`."
-            )
-        if self.trainer.precision != "32-true":
-            raise ValueError(
-                f"Expected `precision` of the outer Trainer to be 32, but got {self.trainer.precision!r}: it is the clients', "
-                "`local=TrainerLocal(trainer_kwargs={'precision': ...})`."
-            )
-        if self.algorithm.pooled:
-            data = data.pooled()  # a view: the user's data module stays as it is
-        if self.min_clients > data.num_clients:
-            raise ValueError(
-                f"Expected `min_clients` to be at most the {data.num_clients} clients there are, but got {self.min_clients}."
-            )
-        return data
-
     def on_train_start(self) -> None:
         """Clients copy the template: give it what a checkpoint restored of the global module, frozen weights included."""
         self._template[0].load_state_dict(self.module.state_dict())
+        if self.initial == "known" and self.current_epoch == 0:
+            self._sender.agree(initial_tensors(self._template[0], self.runtime.downlink_schema))
+        self.runtime.agree(self._sender.initial)  # of a resumed run: as it was before round 1
 
     def configure_optimizers(self) -> Optimizer:
         """The server's optimiser over the global parameters."""
@@ -277,6 +267,7 @@ class Federation(L.LightningModule):
                     record.loss = finite_number(reply.scalars.get("loss"))
                     record.grad_norm = finite_number(reply.scalars.get("grad_norm"))
                     record.bits = mean_bits(reply, self.runtime.uplink_schema)
+                    record.rank, record.energy = mean_rank(reply.decoded.ranks), reply.decoded.energy
             if record.status != "ok":
                 log.warning(
                     "Round %d: client %d left out (%s): %s",
@@ -330,20 +321,10 @@ class Federation(L.LightningModule):
             total_bytes_down=self.total_bytes_down,
             failures=dict(failures),
             metrics=dict(server.metrics),
+            rank_down=mean_rank(self._sender.ranks),
         )
-        values: dict[str, float] = {
-            "train_loss": train_loss,
-            "mb_up": self.total_bytes_up / 1e6,
-            "mb_down": self.total_bytes_down / 1e6,
-            "clients": float(len(records) - sum(failures.values())),
-            "failed": float(sum(failures.values())),
-            **{f"failed/{reason}": float(failures[reason]) for reason in sorted(self._reasons)},
-            **server.metrics,
-        }
-        if self.last_round.bits:
-            values["bits"] = sum(self.last_round.bits) / len(self.last_round.bits)
-        shown = {"mb_up", "mb_down", "bits"}
-        for name, value in values.items():
+        shown = {"mb_up", "mb_down", "bits", "rank"}
+        for name, value in self.last_round.values(self._reasons).items():
             self.log(name, value, on_step=False, on_epoch=True, prog_bar=name in shown, batch_size=1)
 
     # -------------------------------------------------------------- evaluation
@@ -356,7 +337,7 @@ class Federation(L.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Count right answers; the user's own validation hooks run too, and what they log is logged here."""
-        self._evaluator.update(batch)
+        self._evaluate(batch)
         if self._user_validates():
             run_user_hook(self, self.module, "validation_step", batch, batch_idx)
 
@@ -375,18 +356,32 @@ class Federation(L.LightningModule):
         if self.algorithm.personalised:
             weights = server.weights()
             models = [
-                self.algorithm.personal_model(self.store.read(k), server.new_module(), weights).to(self.device)
+                self.algorithm.personal_model(self.store.read(k), server.new_module(), weights, client_id=k).to(
+                    self.device
+                )
                 for k in range(server.num_clients)
             ]
         self._evaluator.start(self.module if models is None else models)
+        self._global = None
+        if models is not None and self.algorithm.reports_global:
+            self._global = Evaluator(self._evaluator.num_classes)
+            self._global.start(self.module)
+
+    def _evaluate(self, batch: Any) -> None:
+        self._evaluator.update(batch)
+        if self._global is not None:
+            self._global.update(batch)
 
     def _end_evaluation(self) -> None:
-        for name, value in self._evaluator.compute().items():
+        values = self._evaluator.compute()
+        for name, value in self._global.compute().items() if self._global is not None else ():
+            values[f"global_{name.removeprefix('test_')}"] = value
+        for name, value in values.items():
             self.log(name, value, prog_bar=name == "accuracy")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """As `validation_step`, without the user's."""
-        self._evaluator.update(batch)
+        self._evaluate(batch)
 
     on_test_epoch_start = _start_evaluation
     on_test_epoch_end = _end_evaluation
@@ -428,8 +423,11 @@ class Federation(L.LightningModule):
         server, _ = self._ready()
         mine = self._identity()
         for name, value in mine.items():
-            if saved[name] != value:
-                raise ValueError(f"Expected a checkpoint with {name} {value!r}, but it was made with {saved[name]!r}.")
+            theirs = saved.get(
+                name, "sent" if name == "initial" else None
+            )  # checkpoints once did not say how they began
+            if theirs != value:
+                raise ValueError(f"Expected a checkpoint with {name} {value!r}, but it was made with {theirs!r}.")
         server.state = saved["server"]
         self.store.load_state_dict(saved["clients"])
         self._sender.load_state_dict(saved["downlink"])
@@ -441,7 +439,8 @@ class Federation(L.LightningModule):
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint and the run that resumes it must have in common."""
         schema = self.runtime.uplink_schema.hash
-        return {"algorithm": self.algorithm.name, "seed": self.seed, "split": self._split, "schema": schema}
+        own = {"algorithm": self.algorithm.name, "seed": self.seed, "initial": self.initial}
+        return {**own, "split": self._split, "schema": schema}
 
     def _ready(self) -> tuple[Server, Transport]:
         if self.server is None or self.transport is None:

@@ -32,7 +32,8 @@ class Message:
         counters: lists of integers.
         num_examples: rows the client trained on (replies).
         num_rounds: rounds planned (requests).
-        kind: how the parts are to be read: ``"full"`` or ``"difference"``.
+        kind: how the parts are to be read: ``"full"`` weights, a ``"difference"``, or ``"known"``: differences, perhaps none,
+            to the initial weights that were agreed when the client joined.
         base: the round whose weights a ``"difference"`` is added to.
         parts: codec payloads.
     """
@@ -130,7 +131,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "n": _is_count,
     "t": _is_count,
     "b": _is_count,
-    "m": lambda v: v in ("full", "difference"),
+    "m": lambda v: v in ("full", "difference", "known"),
     "p": lambda v: isinstance(v, list) and all(_is_count(x) for x in v),
     "s": lambda v: isinstance(v, dict) and all(_is_scalar(x) for x in v.values()),
     "k": lambda v: (

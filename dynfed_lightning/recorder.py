@@ -164,6 +164,8 @@ class RunRecorder(L.Callback):
                 "client": client.client,
                 "status": client.status,
                 "bits": client.bits,
+                "rank": client.rank,
+                "energy": client.energy,
                 "bytes_up": client.bytes_up,
                 "bytes_down": client.bytes_down,
                 "num_examples": client.num_examples,
@@ -234,6 +236,9 @@ def _round_row(record: RoundRecord, metrics: Mapping[str, float]) -> dict[str, A
         "bits_mean": sum(bits) / len(bits) if bits else None,
         "bits_min": min(bits, default=None),
         "bits_max": max(bits, default=None),
+        "rank": record.rank,
+        "rank_down": record.rank_down,
+        "energy": record.energy,
         "seconds": record.seconds,
         **record.metrics,
     }
@@ -301,6 +306,8 @@ class RoundProgress(L.Callback):
         parts.append(f"up {float(metrics['mb_up']):.2f} MB, down {float(metrics['mb_down']):.2f} MB")
         if "bits" in metrics:
             parts.append(f"{float(metrics['bits']):.2f} bits")
+        if "rank" in metrics:
+            parts.append(f"rank {float(metrics['rank']):.1f}")
         if float(metrics.get("failed", 0)):
             parts.append(f"{int(metrics['failed'])} failed")
         return ", ".join(parts)
