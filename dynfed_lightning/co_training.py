@@ -89,7 +89,7 @@ def clip(trainer: Any, parameters: Sequence[nn.Parameter]) -> None:
     value = getattr(trainer, "gradient_clip_val", None)
     if value is None:
         return
-    if str(getattr(trainer, "gradient_clip_algorithm", None) or "norm").endswith("value"):
+    if getattr(trainer, "gradient_clip_algorithm", None) == "value":
         nn.utils.clip_grad_value_(parameters, value)
     else:
         nn.utils.clip_grad_norm_(parameters, value)

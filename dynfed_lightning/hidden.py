@@ -148,7 +148,7 @@ class HiddenLoss(nn.Module):
                         f"Expected W_h of shape {[t.shape[-1], s.shape[-1]]}, but got {list(self.maps[i].shape)}."
                     )
                 continue
-            weight = torch.eye(t.shape[-1], s.shape[-1])
+            weight = torch.eye(t.shape[-1], s.shape[-1], dtype=torch.float32)  # whatever the default is
             if s.shape[-1] != t.shape[-1]:
                 bound = s.shape[-1] ** -0.5
                 weight.uniform_(-bound, bound, generator=generator)
