@@ -71,6 +71,7 @@ class Codec:
 
     Args:
         stages: applied in this order by `encode`, undone in the opposite order by `decode`. A codec stands for its stages.
+            A first ``ErrorFeedback()`` with no stages of its own wraps all that follow, as a list in a file needs it.
 
     Raises:
         TypeError: something that is not a stage.
@@ -88,6 +89,9 @@ class Codec:
 
     def __init__(self, *stages: Any) -> None:
         self.stages: tuple[Stage, ...] = flatten(stages)
+        first = self.stages[0] if self.stages else None
+        if isinstance(first, ErrorFeedback) and not first.stages_inside:
+            self.stages = (ErrorFeedback(*self.stages[1:]),)
         if any(isinstance(s, ErrorFeedback) for s in self.stages[1:]):
             raise ValueError("Expected `ErrorFeedback` to be the first stage, but it comes after another.")
         self._leaves = tuple(leaf for s in self.stages for leaf in s.leaves)

@@ -270,6 +270,16 @@ def test_codecs_are_made_of_stages():
     assert repr(CHAINS["topkq"]()) == "Codec(topk|quantize(512))"
     with pytest.raises(TypeError, match="got 4"):
         Codec(4)
+    x, wrapped = {"w": make((40, 50), torch.float32, 0)}, Codec(ErrorFeedback(TopK(0.1), Quantize(4)))
+    for codec in (
+        Codec(ErrorFeedback(), TopK(0.1), Quantize(4)),
+        Codec(Codec(ErrorFeedback()), Codec(TopK(0.1), Quantize(4))),
+    ):
+        ctx = CodecContext()
+        assert codec.encode(x, ctx) == wrapped.encode(x) and set(ctx.state) == {"error_feedback"}
+    with pytest.raises(ValueError, match="without error feedback of their own"):
+        Codec(ErrorFeedback(), ErrorFeedback(), Quantize(4))
+    assert Codec(ErrorFeedback()).lossless and Codec(ErrorFeedback()).encode(x) == Codec().encode(x)
 
 
 def test_a_context_is_only_read_but_for_its_state():

@@ -393,17 +393,25 @@ def test_codecs_with_factors_from_yaml(tiny: Any) -> None:
 
 
 def test_feedback_around_factors_from_yaml(tiny: Any) -> None:
-    """Stages are given by position, so a chain in a file is a list, with error feedback as one of its classes."""
-    chain = [{"class_path": "LowRank", "init_args": {"energy": 0.9}}, {"class_path": "Quantize", "init_args": {"bits": 4}}]
-    made = _algorithm(tiny, uplink=chain)
-    assert repr(made.uplink) == "Codec(lowrank|quantize(512))"
+    """A chain in a file is a list; error feedback in front of it wraps the others."""
+    chain = [
+        {"class_path": "LowRank", "init_args": {"energy": 0.9}},
+        {"class_path": "Quantize", "init_args": {"bits": 4}},
+    ]
+    made = _algorithm(tiny, uplink=[{"class_path": "ErrorFeedback"}, *chain])
+    (feedback,) = made.uplink.stages
+    assert isinstance(feedback, ErrorFeedback) and repr(made.uplink) == "Codec(lowrank|quantize(512))"
+    assert [type(s) for s in feedback.stages_inside] == [LowRank, Quantize]
 
 
 @pytest.mark.parametrize(
     ("energy", "message"),
     [
         (1.5, "Expected `energy` to be above 0 and at most 1, but got 1.5."),
-        ({"class_path": "Linear", "init_args": {"start": 0.9, "end": 1.1}}, "Expected `energy` to be above 0 and at most 1"),
+        (
+            {"class_path": "Linear", "init_args": {"start": 0.9, "end": 1.1}},
+            "Expected `energy` to be above 0 and at most 1",
+        ),
         ("much", "much"),
     ],
 )

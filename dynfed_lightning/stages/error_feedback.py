@@ -31,7 +31,7 @@ class ErrorFeedback(Stage):
     payload is one of the wrapped chain, and a codec without the error feedback decodes it.
 
     Args:
-        stages: the stages (or one `Codec`) to wrap. Must be the first stage of its codec.
+        stages: the stages (or one `Codec`) to wrap; none: those that follow in the codec. Must be the first stage of its codec.
 
     Raises:
         ValueError: error feedback inside error feedback.
