@@ -29,6 +29,7 @@ _HOMES = {
     ],
     "callbacks": ["GradientNorm", "GradientShift", "ProximalTerm", "ScaleLearningRate"],
     "codec": ["Codec", "CodecContext", "inspect"],
+    "comm_hooks": ["GradientCompression", "LowRankState", "QuantizedState", "low_rank_hook", "quantized_hook"],
     "data": ["FederatedDataModule"],
     "distill": ["Distillation", "ServerDistiller"],
     "errors": ["ClientFailure", "PayloadError", "RoundFailure"],
@@ -62,6 +63,13 @@ if TYPE_CHECKING:
     )
     from dynfed_lightning.callbacks import GradientNorm, GradientShift, ProximalTerm, ScaleLearningRate
     from dynfed_lightning.codec import Codec, CodecContext, inspect
+    from dynfed_lightning.comm_hooks import (
+        GradientCompression,
+        LowRankState,
+        QuantizedState,
+        low_rank_hook,
+        quantized_hook,
+    )
     from dynfed_lightning.data import FederatedDataModule
     from dynfed_lightning.distill import Distillation, ServerDistiller
     from dynfed_lightning.errors import ClientFailure, PayloadError, RoundFailure

@@ -14,8 +14,7 @@ travels, and gradients stay as they are. What a parameter still had outstanding 
 Under ``precision="16-mixed"`` what is remembered is in units of the loss scale: `GradientCompression` follows its changes.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations` here: DDP reads the hooks' annotations and accepts no strings.
 from typing import Any
 
 import lightning as L
