@@ -42,11 +42,13 @@ class ClientData:
         batch_size: int = 32,
         drop_last: bool = False,
         augment: Augment | None = None,
+        group_by_length: bool = False,
     ) -> None:
         self.id, self.table = client_id, table
         self.train_rows, self.val_rows = train_rows, val_rows
         self.num_examples = len(train_rows)
         self._batch_size, self._drop_last, self._augment = batch_size, drop_last, augment
+        self._group_by_length = group_by_length
 
     def label_counts(self) -> Tensor:
         """int64 ``[C]``: how many training rows it has of each class."""
@@ -54,7 +56,8 @@ class ClientData:
 
     def train_loader(self, seed: int) -> RowLoader:
         """Shuffled batches; the order of the loader's k-th iteration is a function of (`seed`, k) only."""
-        return RowLoader(self.table, self.train_rows, self._batch_size, seed, self._drop_last, self._augment)
+        options = (self._drop_last, self._augment, self._group_by_length)
+        return RowLoader(self.table, self.train_rows, self._batch_size, seed, *options)
 
     def val_loader(self) -> RowLoader | None:
         """The validation rows in order, or ``None`` if it has none."""
@@ -100,6 +103,7 @@ class FederatedDataModule(L.LightningDataModule):
             ``token_type_ids``, and ``labels``, padded to their longest row.
         text_column: the column of text if it is not the usual one, or the two columns of a pair.
         max_length: cut longer texts to so many tokens.
+        group_by_length: train on batches of texts of about the same length: less padding, a faster step.
 
     Raises:
         ValueError, TypeError: a bad argument, in the constructor where it can be known there, else in `setup`.
@@ -132,6 +136,7 @@ class FederatedDataModule(L.LightningDataModule):
         tokenizer: Any = None,
         text_column: str | Sequence[str] | None = None,
         max_length: int = 128,
+        group_by_length: bool = False,
     ) -> None:
         super().__init__()
         _check_type("partitioner", partitioner, Partitioner)
@@ -160,6 +165,7 @@ class FederatedDataModule(L.LightningDataModule):
         self.train_fraction = _check_share("train_fraction", train_fraction, zero=False)
         self.val_fraction = _check_share("val_fraction", val_fraction, zero=True)
         self.limit_test, self.drop_last, self.augment = limit_test, bool(drop_last), augment
+        self.group_by_length = bool(group_by_length)
         self.profile = resources or UniformResources()
         if isinstance(text_column, str) and image_column is not None:
             raise ValueError(
@@ -288,7 +294,7 @@ class FederatedDataModule(L.LightningDataModule):
         split = self._ready()
         if not 0 <= k < len(split.train):
             raise IndexError(f"Expected a client id from 0 to {len(split.train) - 1}, but got {k}.")
-        options = (self.batch_size, self.drop_last, self.augment)
+        options = (self.batch_size, self.drop_last, self.augment, self.group_by_length)
         return ClientData(int(k), split.table, split.train[k], split.val[k], *options)
 
     def resources(self, k: int) -> Resources:

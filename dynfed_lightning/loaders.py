@@ -30,7 +30,11 @@ class RowLoader:
         seed: shuffle with this seed; ``None``: in the order of `rows`, every epoch.
         drop_last: leave out a last batch that is not full (never the only one).
         augment: ``augment(inputs, generator) -> inputs`` on every normalised batch of an in-memory table (of text: on its dict).
+        group_by_length: of text, make batches of rows of about the same length, when shuffling: less padding. The shuffled rows
+            are sorted within windows of `WINDOW` batches, and the batches shuffled again.
     """
+
+    WINDOW = 8
 
     def __init__(
         self,
@@ -40,8 +44,10 @@ class RowLoader:
         seed: int | None = None,
         drop_last: bool = False,
         augment: Augment | None = None,
+        group_by_length: bool = False,
     ) -> None:
         self.table, self.rows, self.batch_size, self.seed = table, rows, batch_size, seed
+        self.group_by_length = group_by_length
         self.augment, self.epoch = augment, 0
         self.drop_last = drop_last and len(rows) >= batch_size
 
@@ -59,18 +65,30 @@ class RowLoader:
         epoch, self.epoch = self.epoch, self.epoch + 1
         generator = torch_generator("shuffle", int(self.seed or 0), epoch)
         rows = self.rows
+        count = len(self)
+        grouped = self.group_by_length and self.seed is not None and isinstance(self.table, Texts)
         if self.seed is not None:
             rows = rows[torch.randperm(len(rows), generator=generator)]
-        count = len(self)
+        if grouped:
+            # What `drop_last` leaves out is left out before, or it would always be the longest.
+            rows = self._sorted_in_windows(rows[: count * self.batch_size] if self.drop_last else rows)
         batches = [rows[i * self.batch_size : (i + 1) * self.batch_size] for i in range(count)]
         if batches and not self.drop_last:
             batches[-1] = rows[(count - 1) * self.batch_size :]
+        if grouped:
+            batches = [batches[i] for i in torch.randperm(count, generator=generator).tolist()]
         if isinstance(self.table, Samples):
             # A generator of its own, or torch's DataLoader would take a number from the global one.
             sampler = [b.tolist() for b in batches]
             yield from DataLoader(self.table.dataset, batch_sampler=sampler, generator=generator)
         else:
             yield from self._batches(self.table, batches, generator)
+
+    def _sorted_in_windows(self, rows: Tensor) -> Tensor:
+        assert isinstance(self.table, Texts)
+        lengths = self.table.offsets.diff()
+        windows = rows.split(self.WINDOW * self.batch_size)
+        return torch.cat([w[lengths[w].argsort(stable=True)] for w in windows]) if windows else rows
 
     def _batches(self, table: Arrays | Texts, batches: list[Tensor], generator: torch.Generator) -> Iterator[Any]:
         for batch in batches:
