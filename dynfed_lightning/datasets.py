@@ -142,8 +142,12 @@ def _lists(texts: Sequence[Any], labels: Any, o: Options) -> Texts:
         y = torch.as_tensor(np.asarray(values))
         if y.dtype.is_floating_point or y.ndim != 1:
             raise ValueError(f"Expected labels to be integers of shape [n], but got {y.dtype} {list(y.shape)}.")
-    single = all(isinstance(t, str) for t in texts)
-    first, second = (list(texts), None) if single else map(list, zip(*texts, strict=True))
+    first, second = list(texts), None
+    if not isinstance(texts[0], str):
+        wrong = next((i for i, t in enumerate(texts) if not isinstance(t, tuple | list) or len(t) != 2), None)
+        if wrong is not None:
+            raise ValueError(f"Expected two texts in every row, but got {texts[wrong]!r} in row {wrong}.")
+        first, second = [t[0] for t in texts], [t[1] for t in texts]
     count = len(names) if names else int(y.max()) + 1
     return tokenised(first, second, y.long(), count, o, class_names=names)
 

@@ -340,6 +340,21 @@ class TextEncoder(nn.Module):
         return model.freeze_embeddings() if freeze_embeddings else model
 
 
+def load_text_encoder(
+    folder: str,
+    num_classes: int = 2,
+    layers: int | None = None,
+    pooling: str = "mean",
+    dropout: float | None = None,
+    output_attentions: bool = False,
+    freeze_embeddings: bool = False,
+) -> TextEncoder:
+    """`TextEncoder.from_pretrained` for configurations: ``{class_path: load_text_encoder, init_args: {folder: ...}}``."""
+    return TextEncoder.from_pretrained(
+        folder, layers, num_classes, pooling, None, dropout, output_attentions, freeze_embeddings
+    )
+
+
 def student_of(teacher: M, layers: int) -> M:
     """A smaller model made of a larger one: its embeddings, its **first** `layers` blocks, its pooler and head, all copied.
 

@@ -56,7 +56,7 @@ def _check_tokens(probe: L.LightningModule, rows: Mapping[str, Tensor], vocab_si
         ) from None
     try:
         call_model(probe, text(longest, vocab_size - 1))
-    except (IndexError, RuntimeError) as error:
+    except (IndexError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"Expected a model for texts of up to {longest} tokens, but {type(probe).__name__} refuses them ({reason}): "

@@ -28,6 +28,18 @@ _SHORT = (
     "lightning.pytorch.loggers",
 )
 
+# The sections whose classes have one base.
+_HOMES = {
+    "algorithm": ("dynfed_lightning.algorithm", "Algorithm"),
+    "local": ("dynfed_lightning.local", "LocalExecutor"),
+}
+# Other names, some of functions that make what is asked for.
+_ALIASES = {
+    "text_encoder": "dynfed_lightning.encoder.TextEncoder",
+    "load_text_encoder": "dynfed_lightning.encoder.load_text_encoder",
+    "hf": "dynfed_lightning.hf.load_encoder",
+}
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message is one line for a person."""
@@ -83,12 +95,12 @@ def find_class(name: Any, where: str) -> Callable[..., Any]:
     """
     if not isinstance(name, str) or not name:
         raise ConfigError(f"Expected `{where}.class_path` to be a class's name, but got {name!r}.")
-    module, dot, attribute = name.rpartition(".")
+    module, dot, attribute = _ALIASES.get(name, name).rpartition(".")
     if not dot:
         known = short_names()
         if name in known:
             return known[name]
-        fitting = _fitting(known, where)
+        fitting = [*_fitting(known, where), *(_ALIASES if where not in _HOMES else ())]
         raise ConfigError(unknown("class", name, fitting, where, listing=len(fitting) < 30))
     try:
         found = getattr(importlib.import_module(module), attribute)
@@ -104,10 +116,10 @@ def find_class(name: Any, where: str) -> Callable[..., Any]:
 
 def _fitting(known: Mapping[str, type], where: str) -> list[str]:
     """For the sections whose type is known, only the names that fit there."""
-    home = {"algorithm": "dynfed_lightning.algorithm", "local": "dynfed_lightning.local"}.get(where)
-    if home is None:
+    if where not in _HOMES:
         return list(known)
-    base = getattr(importlib.import_module(home), {"algorithm": "Algorithm", "local": "LocalExecutor"}[where])
+    home, base_name = _HOMES[where]
+    base = getattr(importlib.import_module(home), base_name)
     return [n for n, c in known.items() if issubclass(c, base) and c is not base]
 
 

@@ -1,0 +1,251 @@
+"""Text as data: from strings to dict batches, by every way in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from data_support import Records
+from text_support import sentences
+
+from dynfed_lightning import text_table
+from dynfed_lightning.arrays import Options, Texts
+from dynfed_lightning.data import FederatedDataModule
+from dynfed_lightning.datasets import TEXT_PRESETS, load_table
+from dynfed_lightning.partition import IID, Dirichlet, Natural
+from dynfed_lightning.text import WordTokenizer
+
+WORDS = WordTokenizer(["a", "b", "c", "d"])
+O = Options(tokenizer=WORDS)
+TEXTS, LABELS = ["a", "a b c", "d d", "b c d a b"], [1, 0, 1, 1]
+
+
+def parquet(path: Path, **columns: list[Any]) -> Path:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def rows(table: Any) -> list[list[int]]:
+    assert isinstance(table, Texts)
+    return [table.tokens[a:b].tolist() for a, b in zip(table.offsets[:-1], table.offsets[1:], strict=True)]
+
+
+EXPECTED = [[2, 4, 3], [2, 4, 5, 6, 3], [2, 7, 7, 3], [2, 5, 6, 7, 4, 5, 3]]
+
+
+def test_batches_are_padded_to_their_own_longest_row() -> None:
+    table = load_table((TEXTS, LABELS), options=O)
+    assert rows(table) == EXPECTED and table.tokens.dtype == torch.int32
+    assert (table.num_classes, table.vocab_size, table.max_length, len(table)) == (2, 8, 7, 4)
+    batch = table.batch(torch.tensor([2, 0]))
+    assert batch["input_ids"].tolist() == [[2, 7, 7, 3], [2, 4, 3, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    assert set(batch) == {"input_ids", "attention_mask"} and all(t.dtype == torch.int64 for t in batch.values())
+    assert table.batch(torch.tensor([3, 1]))["input_ids"].tolist() == [EXPECTED[3], EXPECTED[1] + [0, 0]]
+    other = Texts(table.tokens, table.offsets, table.labels, 2, 8, pad_token_id=5)
+    assert other.batch(torch.tensor([0, 1]))["input_ids"].tolist() == [[2, 4, 3, 5, 5], EXPECTED[1]]
+
+
+def test_pairs_have_token_types() -> None:
+    table = load_table(([("a", "b c"), ("a b", "d")], [0, 1]), options=O)
+    assert rows(table) == [[2, 4, 3, 5, 6, 3], [2, 4, 5, 3, 7, 3]]
+    batch = table.batch(torch.tensor([0, 1]))
+    assert batch["token_type_ids"].tolist() == [[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1, 1]]
+    short = load_table(([("a", "b"), ("a b", "d d d")], [0, 1]), options=O).batch(torch.tensor([0, 1]))
+    assert short["token_type_ids"].tolist()[0] == [0, 0, 0, 1, 1, 0, 0, 0]  # padding has type 0
+
+
+def ways(tmp_path: Path) -> dict[str, Any]:
+    numbers = list(range(4))
+    hf = pytest.importorskip("datasets").Dataset.from_dict({"idx": numbers, "text": TEXTS, "label": LABELS})
+    return {
+        "lists": (TEXTS, torch.tensor(LABELS)),
+        "samples": list(zip(TEXTS, LABELS, strict=True)),
+        "records": Records([{"text": t, "label": y, "idx": 0} for t, y in zip(TEXTS, LABELS, strict=True)]),
+        "datasets": hf,
+        "mapping": {"train": hf},
+        "parquet": parquet(tmp_path / "one.parquet", idx=numbers, sentence=TEXTS, label=LABELS),
+        "folder": parquet(tmp_path / "set" / "train.parquet", content=TEXTS, label=LABELS).parent,
+        "only column of strings": parquet(tmp_path / "two.parquet", utterance=TEXTS, label=LABELS),
+        "chosen": parquet(tmp_path / "three.parquet", text=["x"] * 4, mine=TEXTS, label=LABELS),
+    }
+
+
+@pytest.mark.parametrize(
+    "way",
+    ["lists", "samples", "records", "datasets", "mapping", "parquet", "folder", "only column of strings", "chosen"],
+)
+def test_every_way_in(tmp_path: Path, way: str) -> None:
+    options = Options(tokenizer=WORDS, text_column="mine" if way == "chosen" else None)
+    table = load_table(ways(tmp_path)[way], options=options)
+    assert rows(table) == EXPECTED and table.labels.tolist() == LABELS and table.num_classes == 2
+
+
+def test_two_samples_of_text_are_not_inputs_and_labels() -> None:
+    assert rows(load_table([("a", 0), ("d d", 1)], options=O)) == [[2, 4, 3], [2, 7, 7, 3]]
+
+
+def test_pairs_of_columns_groups_and_names(tmp_path: Path) -> None:
+    columns = {"sentence1": ["a", "b"], "sentence2": ["c", "d"], "label": ["yes", "no"], "who": ["z", "y"]}
+    file = parquet(tmp_path / "x.parquet", **columns)
+    table = load_table(file, options=Options(tokenizer=WORDS, partition_column="who"))
+    assert isinstance(table, Texts) and rows(table) == [[2, 4, 3, 6, 3], [2, 5, 3, 7, 3]]
+    assert table.labels.tolist() == [1, 0] and table.class_names == ("no", "yes")
+    assert table.groups is not None and table.groups.tolist() == [1, 0]
+    one = load_table(file, options=Options(tokenizer=WORDS, partition_column="who", text_column="sentence2"))
+    assert rows(one) == [[2, 6, 3], [2, 7, 3]]
+    swapped = Options(tokenizer=WORDS, partition_column="who", text_column=["sentence2", "sentence1"])
+    assert rows(load_table(file, options=swapped))[0] == [2, 6, 3, 4, 3]
+
+
+def test_sst2_is_tested_on_its_validation_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's test split has labels -1."""
+    for split, texts, labels in (("train", TEXTS, LABELS), ("validation", ["a", "b"], [0, 1]), ("test", ["c"], [-1])):
+        parquet(
+            tmp_path / "sst2" / "data" / f"{split}-00000-of-00001.parquet", sentence=texts, label=labels, idx=labels
+        )
+    monkeypatch.setenv("DYNFED_DATA", str(tmp_path))
+    data = FederatedDataModule("sst2", IID(2), tokenizer=WORDS)
+    batch = next(iter(data.val_dataloader()))
+    assert batch["input_ids"].tolist() == [[2, 4, 3], [2, 5, 3]] and batch["labels"].tolist() == [0, 1]
+    assert data.num_classes == 2 and {"sst2", "ag_news", "imdb"} <= TEXT_PRESETS.keys()
+
+
+@pytest.mark.parametrize(
+    "columns, options, message",
+    [
+        (
+            {"sentence": TEXTS, "label": LABELS},
+            {"tokenizer": None},
+            "`tokenizer` to be given, since `sentence` is text",
+        ),
+        ({"sentence": ["a", "", "b"], "label": [0, 1, 0]}, {}, "every row of `sentence`, but in row 1 it is empty"),
+        ({"sentence": ["a", " \n", "b"], "label": [0, 1, 0]}, {}, "every row of `sentence`, but in row 1 it is empty"),
+        ({"sentence": ["a", None], "label": [0, 1]}, {}, "every row of `sentence`, but in row 1 got NoneType"),
+        ({"foo": ["a"], "bar": ["b"], "label": [0]}, {}, r"`text_column` to say which of \['foo', 'bar'\]"),
+        (
+            {"sentence": TEXTS, "label": LABELS},
+            {"text_column": "txt"},
+            r"the columns \['sentence', 'label'\], but got 'txt'",
+        ),
+        ({"text": TEXTS, "label": LABELS}, {"text_column": "label"}, "'label' holds none"),
+        ({"text": TEXTS, "label": LABELS}, {"text_column": ["text"] * 3}, "one column or two"),
+        ({"text": TEXTS}, {}, r"`label_column` to be one of the columns \['text'\]"),
+        ({"number": [1.0], "label": [0]}, {}, "images or text, but the columns are"),
+    ],
+)
+def test_errors_say_what_is_missing(
+    tmp_path: Path, columns: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    file = parquet(tmp_path / "x.parquet", **columns)
+    with pytest.raises(ValueError, match=message):
+        load_table(file, options=Options(**{"tokenizer": WORDS, **options}))
+
+
+def test_errors_of_lists() -> None:
+    with pytest.raises(ValueError, match="as many texts as labels, but got 4 and 3"):
+        load_table((TEXTS, [0, 1, 0]), options=O)
+    with pytest.raises(ValueError, match="labels to be integers"):
+        load_table((TEXTS, [0.5] * 4), options=O)
+    with pytest.raises(ValueError, match="row 1 got NoneType"):
+        load_table((["a", None, "b"], [0, 1, 0]), options=O)
+    with pytest.raises(ValueError, match="two texts in every row, but got 'a' in row 1"):
+        load_table(([("a", "b"), "a", ("c", "d")], [0, 1, 0]), options=O)
+    with pytest.raises(ValueError, match="`max_length` to be an integer of at least 4, but got 3"):
+        FederatedDataModule((TEXTS, LABELS), IID(1), test=0.5, tokenizer=WORDS, max_length=3)
+    with pytest.raises(ValueError, match="labels among the training set's"):
+        o = Options(tokenizer=WORDS, class_names=("x", "y"))
+        load_table((["a", "b"], ["x", "q"]), options=o)
+
+
+# ------------------------------------------------------------------------ cache
+
+
+def test_tokenised_once_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_table, "CACHE_FROM", 3)
+    monkeypatch.setattr(text_table, "_CHUNK", 3)
+    calls: list[int] = []
+    plain = WordTokenizer.encode
+
+    def counted(self: WordTokenizer, texts: Any, *rest: Any) -> Any:
+        calls.append(len(texts))
+        return plain(self, texts, *rest)
+
+    monkeypatch.setattr(WordTokenizer, "encode", counted)
+
+    def load(texts: Any = TEXTS, words: Any = WORDS, length: int = 128) -> Any:
+        calls.clear()
+        o = Options(tokenizer=words, cache_dir=tmp_path / "cache", max_length=length)
+        return load_table((texts, [0] * len(texts)), options=o)
+
+    first = load()
+    assert calls == [3, 1] and rows(first) == EXPECTED
+    again = load(words=WordTokenizer(WORDS.words))  # another object, the same vocabulary
+    assert calls == [] and rows(again) == EXPECTED
+    for other in (
+        {"texts": ["a", "a b c", "d d", "b c d a c"]},
+        {"words": WordTokenizer(["d", "c", "b", "a"])},
+        {"length": 5},
+        {"texts": [(t, "a") for t in TEXTS]},
+    ):
+        assert load(**other) is not None and calls, other  # type: ignore[arg-type]
+    pairs = load(texts=[(t, "a") for t in TEXTS])
+    assert calls == [] and pairs.batch(torch.tensor([0]))["token_type_ids"].tolist() == [[0, 0, 0, 1, 1]]
+    files = sorted((tmp_path / "cache").iterdir())
+    assert {f.suffix for f in files} == {".safetensors"} and len(files) == 5
+    for file in files:  # what is broken is made anew
+        file.write_bytes(b"")
+    assert rows(load()) == EXPECTED and calls == [3, 1]
+    load(texts=TEXTS[:2])
+    assert len(list((tmp_path / "cache").iterdir())) == 5  # too few to be worth a file
+
+
+# -------------------------------------------------------------- the data module
+
+
+def test_clients_public_and_test_batches() -> None:
+    texts, labels = sentences(90)
+    data = FederatedDataModule(
+        (texts, labels), Dirichlet(3, 20.0), test=0.2, tokenizer="words:40", public=12, public_labels=True, batch_size=7
+    )
+    batch = next(iter(data.client(0).train_loader(0)))
+    assert set(batch) == {"input_ids", "attention_mask", "labels"} and batch["labels"].shape == (7,)
+    assert batch["attention_mask"].sum(1).max() == batch["input_ids"].shape[1]
+    seen = sum(len(b["labels"]) for k in range(3) for b in data.client(k).train_loader(0))
+    assert seen == 90 - 18 - 12 == int(data.label_counts().sum())
+    assert data.public_set is not None and len(data.public_set) == 12
+    assert data.public_set.inputs["input_ids"].shape == data.public_set.inputs["attention_mask"].shape
+    assert data.vocab_size == data.tokenizer.vocab_size == 4 + 14 and data.longest_text == 11
+    assert f"vocabulary {data.vocab_size}" in data.summary() and "at most 11" in data.summary()
+    assert len(next(iter(data.val_dataloader()))["labels"]) == 18
+    same = FederatedDataModule(
+        (texts, labels), Dirichlet(3, 20.0), test=0.2, tokenizer="words:40", public=12, public_labels=True, batch_size=7
+    )
+    assert same.split_hash == data.split_hash
+    again = next(iter(same.client(0).train_loader(0)))
+    assert all(torch.equal(batch[k], again[k]) for k in batch)
+
+
+def test_a_public_set_of_texts_alone_and_of_its_own(tmp_path: Path) -> None:
+    data = FederatedDataModule((TEXTS, LABELS), IID(1), test=(TEXTS, LABELS), tokenizer=WORDS, public=["a b", "d"])
+    assert data.public_set is not None and data.public_set.labels is None
+    assert data.public_set.inputs["input_ids"].tolist() == [[2, 4, 5, 3], [2, 7, 3, 0]]
+    file = parquet(tmp_path / "p.parquet", text=["c", "d d"], label=[1, 0])
+    labelled = FederatedDataModule(
+        (TEXTS, LABELS), IID(1), test=0.5, tokenizer=WORDS, public=str(file), public_labels=True
+    )
+    assert labelled.public_set is not None and labelled.public_set.labels is not None
+    assert labelled.public_set.inputs["input_ids"].tolist() == [[2, 6, 3, 0], [2, 7, 7, 3]]
+
+
+def test_natural_partition_of_texts(tmp_path: Path) -> None:
+    file = parquet(tmp_path / "x.parquet", text=TEXTS, label=LABELS, who=["u", "v", "u", "w"])
+    data = FederatedDataModule(
+        str(file), Natural(), partition_column="who", test=(TEXTS, LABELS), tokenizer=WORDS, test_batch_size=3
+    )
+    assert data.num_clients == 3 and data.client(0).train_rows.tolist() == [0, 2]
+    assert [len(b["labels"]) for b in data.val_dataloader()] == [3, 1]
