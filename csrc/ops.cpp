@@ -18,6 +18,7 @@
 #endif
 
 #include "core/eden.h"
+#include "core/eigh.h"
 #include "core/rotate.h"
 #include "core/table.h"
 #include "cpu/kernels.h"
@@ -442,6 +443,69 @@ void rotate(const Tensor& x, const Tensor& table, int64_t block, int64_t seed, b
   line.run([&](int64_t begin, int64_t end) { k.rotate(args, begin, end); });
 }
 
+// ---- dense matrices ----
+
+// Doubles aligned as a vector of any instruction set.
+class Workspace {
+ public:
+  explicit Workspace(int64_t size) : memory_(size + 8) {}
+  double* data() {
+    return reinterpret_cast<double*>((reinterpret_cast<uintptr_t>(memory_.data()) + 63) & ~uintptr_t(63));
+  }
+
+ private:
+  std::vector<double> memory_;
+};
+
+void symmetric_eigh(const Tensor& a, const Tensor& w, const Tensor& v, int64_t isa) {
+  STD_TORCH_CHECK(a.dim() == 3 && a.size(1) == a.size(2), "Expected `a` to be a batch of square matrices.");
+  const int64_t count = a.size(0), n = a.size(1);
+  STD_TORCH_CHECK(n >= 1 && n <= dynfed::kEighMost, "Expected matrices of 1 to ", dynfed::kEighMost, " rows, but got ", n, ".");
+  check_buffer("a", a, ScalarType::Double);
+  check_buffer("w", w, ScalarType::Double, count * n);
+  check_buffer("v", v, ScalarType::Double, count * n * n);
+  const Kernels& k = kernels(isa);
+  const dynfed::EighArgs args{static_cast<const double*>(a.const_data_ptr()), static_cast<double*>(w.mutable_data_ptr()),
+                              static_cast<double*>(v.mutable_data_ptr()), n};
+  // Few or large matrices are computed one by one, and so are shared one by one.
+  const int64_t unit = count < 4 || n > dynfed::kEighLanes ? 1 : k.lanes;
+  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / (unit * n * n * 4));
+  torch::stable::parallel_for(0, ceil_div(count, unit), grain, [&](int64_t begin, int64_t end) {
+    Workspace work(dynfed::eigh_work(n, k.lanes));
+    k.symmetric_eigh(args, work.data(), begin * unit, std::min(end * unit, count));
+  });
+}
+
+void squared_norm(const Tensor& a, const Tensor& out, int64_t isa) {
+  constexpr int64_t kPiece = 1 << 15;  // values whose squares are added up in one go: part of the result
+  const ScalarType type = a.scalar_type();
+  const bool doubles = type == ScalarType::Double;
+  STD_TORCH_CHECK(a.dim() == 3, "Expected `a` to be a batch of matrices.");
+  const int64_t count = a.size(0);
+  check_buffer("out", out, ScalarType::Double, count);
+  if (doubles) check_buffer("a", a, type);
+  const void* const data = doubles ? a.const_data_ptr() : input(a).data;
+  const dynfed::Real real = doubles                          ? dynfed::Real::kFloat64
+                            : type == ScalarType::Float      ? dynfed::Real::kFloat32
+                            : type == ScalarType::BFloat16   ? dynfed::Real::kBFloat16
+                                                             : dynfed::Real::kFloat16;
+  const Kernels& k = kernels(isa);
+  const int64_t n = a.size(1) * a.size(2), pieces = ceil_div(n, kPiece);
+  std::vector<double> sums(count * pieces);
+  torch::stable::parallel_for(0, count * pieces, kElementsPerThread * 4 / std::min(kPiece, std::max<int64_t>(n, 1)),
+                              [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i / pieces * n, at = i % pieces * kPiece;
+      sums[i] = k.squared_norm(data, real, first + at, first + std::min(at + kPiece, n));
+    }
+  });
+  auto* const totals = static_cast<double*>(out.mutable_data_ptr());
+  for (int64_t b = 0; b < count; ++b) {
+    totals[b] = 0.0;
+    for (int64_t i = 0; i < pieces; ++i) totals[b] += sums[b * pieces + i];
+  }
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(dynfed_lightning_cpu, m) {
@@ -458,6 +522,8 @@ STABLE_TORCH_LIBRARY(dynfed_lightning_cpu, m) {
   m.def("unpack_dequantize_table(Tensor packed, Tensor scales, Tensor table, Tensor(a!)[] out, int isa) -> ()");
   m.def("accumulate_table(Tensor(a!) out, Tensor[] packed, Tensor[] scales, Tensor[] tables, float[] weights, int isa) -> ()");
   m.def("rotate(Tensor(a!) x, Tensor table, int block, int seed, bool inverse, int isa) -> ()");
+  m.def("symmetric_eigh(Tensor a, Tensor(a!) w, Tensor(b!) v, int isa) -> ()");
+  m.def("squared_norm(Tensor a, Tensor(a!) out, int isa) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dynfed_lightning_cpu, CompositeExplicitAutograd, m) { m.impl("best_isa", TORCH_BOX(&best_isa)); }
@@ -473,4 +539,6 @@ STABLE_TORCH_LIBRARY_IMPL(dynfed_lightning_cpu, CPU, m) {
   m.impl("unpack_dequantize_table", TORCH_BOX(&unpack_dequantize_table));
   m.impl("accumulate_table", TORCH_BOX(&accumulate_table));
   m.impl("rotate", TORCH_BOX(&rotate));
+  m.impl("symmetric_eigh", TORCH_BOX(&symmetric_eigh));
+  m.impl("squared_norm", TORCH_BOX(&squared_norm));
 }

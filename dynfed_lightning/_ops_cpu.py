@@ -11,6 +11,7 @@ from . import _reference
 from ._ops_backends import instruction_set
 
 _C = torch.ops.dynfed_lightning_cpu
+EIGH_MOST = 256  # beyond this LAPACK is faster
 
 
 def expect_writes(out: Tensor) -> None:
@@ -68,8 +69,11 @@ def rotate(x: Tensor, table: Tensor, block: int, seed: int, inverse: bool) -> No
 
 
 def symmetric_eigh(a: Tensor, w: Tensor, v: Tensor) -> None:
-    _reference.symmetric_eigh(a, w, v)
+    if a.shape[1] <= EIGH_MOST:
+        _C.symmetric_eigh(a, w, v, instruction_set())
+    else:
+        _reference.symmetric_eigh(a, w, v)
 
 
 def squared_norm(a: Tensor, out: Tensor) -> None:
-    _reference.squared_norm(a, out)
+    _C.squared_norm(a, out, instruction_set())

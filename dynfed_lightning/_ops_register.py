@@ -237,7 +237,8 @@ def _squared_norm(a: Tensor) -> Tensor:
     out = _norm_size(a)
     if not a.numel():
         return out.zero_()
-    choose("squared_norm", a.device).squared_norm(a.contiguous(), out)
+    a = a.mT if a.mT.is_contiguous() else a.contiguous()  # the order of a sum of squares is the backend's own
+    choose("squared_norm", a.device).squared_norm(a, out)
     return out
 
 

@@ -6,6 +6,7 @@
 
 #include "../core/convert.h"
 #include "../core/eden.h"
+#include "../core/eigh.h"
 #include "../core/pack.h"
 #include "../core/philox.h"
 #include "../core/quantize.h"
@@ -14,7 +15,34 @@
 namespace dynfed {
 namespace {
 
+template <class Vector>
+struct OneLane;  // dense.inl
+
 struct Avx2 {
+  struct Lanes {  // of double, for eigh.h
+    using V = __m256d;
+    using M = __m256d;
+    static constexpr int kLanes = 4, kWidth = 1, kColumns = 4;
+    using Wide = Lanes;
+    using One = OneLane<Lanes>;
+    DYNFED_INLINE V spread(V a) { return a; }
+    DYNFED_INLINE V load(const double* p) { return _mm256_loadu_pd(p); }
+    DYNFED_INLINE void store(double* p, V a) { _mm256_storeu_pd(p, a); }
+    DYNFED_INLINE V set(double x) { return _mm256_set1_pd(x); }
+    DYNFED_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_pd(a, b, c); }
+    DYNFED_INLINE V fnma(V a, V b, V c) { return _mm256_fnmadd_pd(a, b, c); }
+    DYNFED_INLINE V sqrt(V a) { return _mm256_sqrt_pd(a); }
+    DYNFED_INLINE V abs(V a) { return _mm256_andnot_pd(_mm256_set1_pd(-0.0), a); }
+    DYNFED_INLINE M less(V a, V b) { return _mm256_cmp_pd(a, b, _CMP_LT_OQ); }
+    DYNFED_INLINE M both(M a, M b) { return _mm256_and_pd(a, b); }
+    DYNFED_INLINE M either(M a, M b) { return _mm256_or_pd(a, b); }
+    DYNFED_INLINE M except(M a, M b) { return _mm256_andnot_pd(b, a); }
+    DYNFED_INLINE M all() { return _mm256_castsi256_pd(_mm256_set1_epi64x(-1)); }
+    DYNFED_INLINE M none() { return _mm256_setzero_pd(); }
+    DYNFED_INLINE bool any(M a) { return _mm256_movemask_pd(a) != 0; }
+    DYNFED_INLINE V select(M m, V a, V b) { return _mm256_blendv_pd(b, a, m); }
+  };
+
   struct Codes {
     __m256i part[2];  // 32 bytes each
   };

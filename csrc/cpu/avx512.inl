@@ -1,7 +1,34 @@
 // What every AVX-512 CPU has (F, BW, DQ, VL). Included inside an anonymous namespace by avx512.cpp and avx512vbmi.cpp, each of
 // which compiles its own copy.
 
+template <class Vector>
+struct OneLane;  // dense.inl
+
 struct Avx512 {
+  struct Lanes {  // of double, for eigh.h
+    using V = __m512d;
+    using M = __mmask8;
+    static constexpr int kLanes = 8, kWidth = 1, kColumns = 4;
+    using Wide = Lanes;
+    using One = OneLane<Lanes>;
+    DYNFED_INLINE V spread(V a) { return a; }
+    DYNFED_INLINE V load(const double* p) { return _mm512_loadu_pd(p); }
+    DYNFED_INLINE void store(double* p, V a) { _mm512_storeu_pd(p, a); }
+    DYNFED_INLINE V set(double x) { return _mm512_set1_pd(x); }
+    DYNFED_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }
+    DYNFED_INLINE V fnma(V a, V b, V c) { return _mm512_fnmadd_pd(a, b, c); }
+    DYNFED_INLINE V sqrt(V a) { return _mm512_sqrt_pd(a); }
+    DYNFED_INLINE V abs(V a) { return _mm512_abs_pd(a); }
+    DYNFED_INLINE M less(V a, V b) { return _mm512_cmp_pd_mask(a, b, _CMP_LT_OQ); }
+    DYNFED_INLINE M both(M a, M b) { return M(a & b); }
+    DYNFED_INLINE M either(M a, M b) { return M(a | b); }
+    DYNFED_INLINE M except(M a, M b) { return M(a & ~b); }
+    DYNFED_INLINE M all() { return M(0xff); }
+    DYNFED_INLINE M none() { return M(0); }
+    DYNFED_INLINE bool any(M a) { return a != 0; }
+    DYNFED_INLINE V select(M m, V a, V b) { return _mm512_mask_blend_pd(m, b, a); }
+  };
+
   using Codes = __m512i;    // 64 bytes
   using Maximum = __m512i;  // 16 bit patterns
   using Sum = __m512i;      // 8 of 64 bits

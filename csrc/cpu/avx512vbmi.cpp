@@ -8,6 +8,7 @@
 
 #include "../core/convert.h"
 #include "../core/eden.h"
+#include "../core/eigh.h"
 #include "../core/pack.h"
 #include "../core/philox.h"
 #include "../core/quantize.h"

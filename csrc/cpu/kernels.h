@@ -71,6 +71,18 @@ struct RotateArgs {  // a block belongs to the range that holds its first elemen
   bool inverse;
 };
 
+enum class Real { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+constexpr int64_t kEighMost = 256;  // the largest matrix
+constexpr int64_t kEighLanes = 64;  // the largest that is computed together with others
+
+struct EighArgs {
+  const double* a;  // symmetric, [count, n, n]
+  double* w;        // descending
+  double* v;        // eigenvectors as columns
+  int64_t n;        // 1 to kEighMost
+};
+
 struct Kernels {
   // Returns the bitwise or of the codes in [begin, end): too large a code shows as a high bit.
   unsigned (*pack)(const uint8_t* codes, uint8_t* packed, int bits, int64_t begin, int64_t end);
@@ -79,6 +91,10 @@ struct Kernels {
   void (*dequantize)(const DequantizeArgs& args, int64_t begin, int64_t end);  // the first payload of each item, unweighted
   void (*accumulate)(const DequantizeArgs& args, int64_t begin, int64_t end);
   void (*rotate)(const RotateArgs& args, int64_t begin, int64_t end);
+  // Matrices begin to end; `work` has eigh_work(n, lanes) doubles, aligned to 64 bytes. Shared out in multiples of `lanes`.
+  void (*symmetric_eigh)(const EighArgs& args, double* work, int64_t begin, int64_t end);
+  double (*squared_norm)(const void* x, Real type, int64_t begin, int64_t end);  // of values begin to end
+  int64_t lanes;
 };
 
 extern const Kernels kScalarKernels;

@@ -200,6 +200,7 @@ inline void for_items(const Item* items, int64_t count, int64_t begin, int64_t e
 
 #include "quantize.inl"
 #include "rotate.inl"
+#include "dense.inl"
 
 template <class Isa>
 struct Table {
@@ -241,5 +242,10 @@ struct Table {
       rotate_item<Isa>(item, from, to, blocks, tail, a.inverse);
     });
   }
-  static constexpr Kernels make() { return {&pack, &unpack, &quantize, &dequantize, &accumulate, &rotate}; }
+  static void eigh(const EighArgs& a, double* work, int64_t begin, int64_t end) {
+    symmetric_eigh<typename Isa::Lanes>(a, work, begin, end);
+  }
+  static constexpr Kernels make() {
+    return {&pack, &unpack, &quantize, &dequantize, &accumulate, &rotate, &eigh, &squared_norm, Isa::Lanes::kLanes};
+  }
 };

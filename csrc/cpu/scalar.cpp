@@ -5,6 +5,7 @@
 
 #include "../core/convert.h"
 #include "../core/eden.h"
+#include "../core/eigh.h"
 #include "../core/pack.h"
 #include "../core/philox.h"
 #include "../core/quantize.h"
@@ -14,7 +15,11 @@
 namespace dynfed {
 namespace {
 
+template <class Vector>
+struct OneLane;  // dense.inl
+
 struct Scalar {
+  using Lanes = OneLane<void>;
   struct Codes {
     uint8_t code[64];
   };
