@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -134,14 +135,13 @@ class Ranks:
         return {n: torch.stack([d[n]["residual"] for d in dicts]).mean(0) for n in names}
 
 
-def processes(target: Callable[..., None], world: int, *args: Any, timeout: float = 120.0) -> None:
+def processes(target: Callable[..., None], world: int, *args: Any, timeout: float = 240.0) -> None:
     """``target(rank, world, *args)`` in `world` processes; an error where one fails or the time is over."""
     context = mp.start_processes(target, (world, *args), nprocs=world, join=False, start_method="spawn")
     try:
-        deadline = timeout
-        while not context.join(timeout=5.0):
-            deadline -= 5.0
-            if deadline <= 0:
+        end = time.monotonic() + timeout
+        while not context.join(timeout=1.0):
+            if time.monotonic() > end:
                 raise TimeoutError(f"{target.__name__} took longer than {timeout} seconds.")
     finally:
         for process in context.processes:

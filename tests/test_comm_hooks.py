@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -424,3 +425,50 @@ def test_a_rank_that_fails_does_not_hang_the_others() -> None:
     world = ThreadWorld(2)
     with pytest.raises(KeyError, match="one"):
         world.run(work)
+
+
+def test_a_ranks_own_residual_stays_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the ranks' data differ for good, subtracting the mean's approximation (as torch's hook does) would pile up the
+    difference for ever: a line, against what error feedback keeps at a level."""
+    _, params = named(module({"w": (64, 64)}))
+    difference = torch.randn(64, 64)
+    ranks = Ranks(low_rank(rank=4), 2, monkeypatch)
+    other, norms = torch.zeros(64, 64), {}
+    for step in range(1, 401):
+        out = ranks.step(params, [[torch.eye(64) + difference], [torch.eye(64) - difference]])[0]
+        other += torch.eye(64) + difference - out
+        plan: Any = next(iter(ranks.states[0]._plans.values()))
+        norms[step] = (float(plan.groups[0].memory.norm()), float(other.norm()))
+    assert norms[400][1] > 3.5 * norms[100][1] and norms[400][0] < 1.2 * norms[200][0]
+    assert norms[400][0] < norms[400][1] / 8
+
+
+def test_the_callback_follows_the_loss_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = module()
+    _, params = named(net)
+    ranks = Ranks(low_rank(), 2, monkeypatch)
+    ranks.step(params, draw(params, 2))
+    before = ranks.residuals(net)
+    scaler = SimpleNamespace(get_scale=lambda: next(scales))
+    trainer: Any = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler))
+    callbacks = [GradientCompression(s) for s in ranks.states]
+    scales = iter([s for s in (65536.0, 65536.0, 32768.0) for _ in callbacks])
+    for factor in (1.0, 1.0, 0.5):
+        for callback in callbacks:
+            callback.on_train_batch_start(trainer, None, None, 0)  # type: ignore[arg-type]
+        torch.testing.assert_close(ranks.residuals(net)["a"], before["a"] * factor)
+
+
+def test_equal_shapes_in_one_batch_or_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bucket treats matrices of one shape as a batch; what comes out is what each alone would give."""
+    net = module({"a": (40, 24), "b": (40, 24), "c": (40, 24)})
+    _, params = named(net)
+    together = Ranks(COMPRESSIONS["rank 2"], 2, monkeypatch)
+    together.step(params, draw(params, 2))
+    saved = [s.state_dict(net) for s in together.states]
+    expected = together.step(params, draw(params, 2, seed=1))
+    apart = Ranks(COMPRESSIONS["rank 2"], 2, monkeypatch)
+    for state, s in zip(apart.states, saved, strict=True):
+        state.load_state_dict(s, net)
+    for a, b in zip(expected, apart.step(params, draw(params, 2, seed=1), [1, 1, 1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
