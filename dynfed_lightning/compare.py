@@ -205,7 +205,8 @@ def write(
     last: int = 5,
     title: str = "",
 ) -> Comparison:
-    """Table and figure of finished runs: printed, and written as ``out/compare.{md,json,png}``.
+    """Table and figure of finished runs: printed, and written as ``out/compare.{md,json,png}``; where a codec factored matrices,
+    ``out/factors.png`` shows its energy, rank and bytes over the rounds.
 
     Args:
         folders: run folders, methods in the order of the table.
@@ -218,9 +219,11 @@ def write(
     written[0].write_text(comparison.markdown() + "\n", encoding="utf-8")
     written[1].write_text(json.dumps(comparison.to_json(), indent=2, default=float) + "\n", encoding="utf-8")
     try:
-        from dynfed_lightning.plots import plot_comparison
+        from dynfed_lightning.plots import plot_comparison, plot_factors_compared
 
         written.append(plot_comparison(comparison, out / "compare.png", title))
+        factors = plot_factors_compared(comparison, out / "factors.png")
+        written += [factors] if factors is not None else []
     except ImportError as error:
         print(f"dynfed: no figure: {error}", file=sys.stderr)
     _show(comparison)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dynfed_lightning.report import Comparison, Method, Run
+from dynfed_lightning.report import MEGABYTE, Comparison, Method, Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -140,6 +140,71 @@ def plot_teachers(run: Run, path: str | Path) -> Path | None:
     return _heat_map(run, "teacher_share", path, f"{run.label}: who taught", "share of the teaching", discrete=False)
 
 
+def plot_factors(run: Run, path: str | Path) -> Path | None:
+    """Energy, rank and bytes of each round, one below the other. None if no client's codec factored matrices."""
+    if not np.isfinite(run.column("energy")).any():
+        return None
+    figure = _figure(7, 6.2)
+    axes = figure.subplots(3, 1, sharex=True)
+    rounds, ways = run.column("round"), (("up", COLOURS[0]), ("down", COLOURS[1]))
+    style: dict[str, Any] = {"linewidth": 1.7, "marker": "o" if len(rounds) <= 40 else None, "markersize": 3.5}
+    unit, name = _unit(max(np.nanmax(run.column(f"bytes_{way}"), initial=0) for way, _ in ways))
+    axes[0].plot(rounds, 100 * run.column("energy"), color=INK, **style)
+    for way, colour in ways:
+        rank = run.column("rank" if way == "up" else "rank_down")
+        if np.isfinite(rank).any():
+            axes[1].plot(rounds, rank, color=colour, label=way, **style)
+        axes[2].plot(rounds, run.column(f"bytes_{way}") / unit, color=colour, label=way, **style)
+    _tidy(axes[0], f"{run.label}: energy to keep", "", "% of the squared norm")
+    _tidy(axes[1], "rank, mean of the matrices sent as factors", "", "rank")
+    _tidy(axes[2], "sent in the round, all clients together", "round", name)
+    _integer_x(axes[2])
+    for ax in axes:
+        ax.grid(True, color="#e8e8e8", linewidth=0.6)
+    for ax in axes[1:]:
+        ax.set_ylim(bottom=0)
+        if len(ax.lines) > 1:
+            ax.legend(frameon=False, fontsize=8.5, ncols=2, loc="lower right", bbox_to_anchor=(1.0, 0.98))
+    return _save(figure, path)
+
+
+def plot_factors_compared(comparison: Comparison, path: str | Path) -> Path | None:
+    """Energy, rank and bytes up of each round, side by side, for the methods whose codecs factor matrices. None if none does.
+
+    Lines are means over seeds, bands reach from the lowest seed to the highest; colours are those of `plot_comparison`.
+    """
+    styles = _styles(comparison)
+    chosen = [m for m in comparison.methods if np.isfinite(m.curve("energy")).any()]
+    if not chosen:
+        return None
+    figure = _figure(11, 3.8)
+    axes = figure.subplots(1, 3)
+    unit, name = _unit(max(float(m.curve("bytes_up").max(initial=0)) for m in chosen))
+    panels = (
+        ("energy", 100.0, "Energy to keep", "% of the squared norm"),
+        ("rank", 1.0, "Rank, mean of the matrices sent as factors", "rank"),
+        ("bytes_up", 1 / unit, "Sent up in the round, all clients", name),
+    )
+    for ax, (column, scale, title, label) in zip(axes, panels, strict=True):
+        for m in chosen:
+            _curve(ax, m.curve("round").mean(0), scale * m.curve(column), *styles[m.label])
+        _tidy(ax, title, "round", label)
+        _integer_x(ax)
+        ax.grid(True, color="#e8e8e8", linewidth=0.6)
+        if column != "energy":
+            ax.set_ylim(bottom=0)
+    line = importlib.import_module("matplotlib.lines").Line2D
+    looks = [(m.label, *styles[m.label]) for m in chosen]
+    handles = [line([], [], color=c, linestyle=d, linewidth=1.7, label=label) for label, c, d in looks]
+    figure.legend(handles=handles, loc="outside upper left", ncols=min(4, len(handles)), frameon=False, fontsize=8.5)
+    return _save(figure, path)
+
+
+def _unit(most: float) -> tuple[float, str]:
+    """Bytes and name of the unit for an axis that ends at so many bytes."""
+    return (MEGABYTE, "megabytes") if most >= 0.1 * MEGABYTE else (1e3, "kilobytes")
+
+
 def write_plots(run: Run, folder: str | Path | None = None) -> list[Path]:
     """All the figures a run has the data for, into `folder` (its own ``plots/`` by default).
 
@@ -150,6 +215,7 @@ def write_plots(run: Run, folder: str | Path | None = None) -> list[Path]:
     made = [
         plot_accuracy(run, folder / "accuracy.png"),
         plot_bits(run, folder / "bits.png"),
+        plot_factors(run, folder / "factors.png"),
         plot_teachers(run, folder / "teachers.png"),
     ]
     return [p for p in made if p is not None]
@@ -166,8 +232,9 @@ def plot_comparison(comparison: Comparison, path: str | Path, title: str = "") -
     figure = _figure(11, max(4.2, 1.6 + 0.3 * len(methods)))
     left, right = figure.subplots(1, 2, sharey=True)
     ends = []
-    for i, method in enumerate(methods):
-        colour, dash = COLOURS[i % len(COLOURS)], DASHES[(i // len(COLOURS)) % len(DASHES)]
+    styles = _styles(comparison)
+    for method in methods:
+        colour, dash = styles[method.label]
         accuracy = 100 * method.curve("accuracy")
         rounds, sent = method.curve("round").mean(0), method.curve("megabytes_up").mean(0)
         _curve(right, rounds, accuracy, colour, dash)
@@ -206,6 +273,14 @@ def plot_comparison(comparison: Comparison, path: str | Path, title: str = "") -
     note = f"{note}; {numbers}"
     figure.suptitle(f"{title}  ({note})" if title else note, fontsize=10 if title else 9, color=INK, x=0.01, ha="left")
     return _save(figure, path)
+
+
+def _styles(comparison: Comparison) -> dict[str, tuple[str, Any]]:
+    """Colour and dash of each method that has an accuracy, and of the others after them."""
+    judged = [m for m in comparison.methods if np.isfinite(m.curve("accuracy")).any()]
+    order = judged + [m for m in comparison.methods if m not in judged]
+    pairs = [(COLOURS[i % len(COLOURS)], DASHES[(i // len(COLOURS)) % len(DASHES)]) for i in range(len(order))]
+    return {m.label: pair for m, pair in zip(order, pairs, strict=True)}
 
 
 def _final(method: Method, last: int) -> float:

@@ -161,6 +161,13 @@ def summarise(run_dir: str | Path | Run) -> str:
     if np.isfinite(bits).any():
         low, high = np.nanmin(run.column("bits_min")), np.nanmax(run.column("bits_max"))
         rows.append(("bits", f"{np.nanmean(bits):.2f} on average, {low:g} to {high:g}"))
+    rank, energy = run.column("rank"), run.column("energy")
+    if np.isfinite(energy).any():
+        low, high = float(np.nanmin(energy)), float(np.nanmax(energy))
+        kept = f"energy {low:.4g}" if low == high else f"energy {low:.4g} to {high:.4g}"
+        rows.append(
+            ("rank", f"{np.nanmean(rank):.1f} on average, {kept}" if np.isfinite(rank).any() else f"whole, {kept}")
+        )
     failed = np.nansum(run.column("failed"))
     if failed:
         rows.append(("left out", f"{int(failed)} client rounds: {_reasons(run.rounds.get('failures', []))}"))

@@ -185,6 +185,68 @@ def test_plots_only_what_there_is(tmp_path: Path) -> None:
     assert plots.write_plots(empty) == []
 
 
+def with_factors(run: Run, energy: list[float], rank: list[float], down: list[float] | None = None) -> Run:
+    """A run whose codec factored matrices, in the columns that the recorder writes."""
+    run.rounds.update(energy=energy, rank=rank, rank_down=down or [math.nan] * len(rank))
+    return run
+
+
+def test_energy_rank_and_bytes_over_the_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Any] = []
+    save = plots._save
+    monkeypatch.setattr(plots, "_save", lambda figure, file: figures.append(figure) or save(figure, file))
+    run = with_factors(
+        write_run(tmp_path / "a", [0.5, 0.6, 0.7], 10**6), [0.95, 0.96, 0.98], [3.0, 4.0, 6.5], [math.nan, 2.0, 3.0]
+    )
+    assert [p.name for p in plots.write_plots(run)] == ["accuracy.png", "factors.png"]
+    energy, rank, sent = figures[-1].axes
+    assert energy.lines[0].get_ydata().tolist() == pytest.approx([95, 96, 98])
+    np.testing.assert_array_equal(rank.lines[0].get_ydata(), [3.0, 4.0, 6.5])
+    np.testing.assert_array_equal(rank.lines[1].get_ydata(), [math.nan, 2.0, 3.0])
+    assert [line.get_ydata().tolist() for line in sent.lines] == [[1, 1, 1], [2, 2, 2]]
+    assert sent.get_ylabel() == "megabytes" and rank.get_ylim()[0] == 0
+    small = with_factors(write_run(tmp_path / "b", [0.5], 700), [0.95], [3.0])
+    plots.plot_factors(small, tmp_path / "b.png")
+    assert figures[-1].axes[2].get_ylabel() == "kilobytes" and len(figures[-1].axes[1].lines) == 1
+    whole = with_factors(
+        write_run(tmp_path / "c", [0.5], 700), [1.0], [math.nan]
+    )  # an energy, and nothing that reached it
+    assert plots.plot_factors(whole, tmp_path / "c.png") is not None
+    assert plots.plot_factors(write_run(tmp_path / "d", [0.5], 700), tmp_path / "d.png") is None
+
+
+def test_energy_rank_and_bytes_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [write_run(tmp_path / "f", [0.5, 0.6], 10**6)]
+    for seed, rank in enumerate(([2.0, 3.0], [4.0, 5.0])):
+        runs.append(with_factors(write_run(tmp_path / f"k{seed}", [0.5, 0.7], 10**5, name="FedKD"), [0.95, 0.98], rank))
+    comparison = Comparison.of(runs)
+    accuracy = drawn(comparison, tmp_path / "c.png", monkeypatch)
+    colour = next(t.get_color() for t in accuracy.axes[1].texts if t.get_text().startswith("FedKD"))
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "_save", lambda figure, file: figures.append(figure) or file)
+    assert plots.plot_factors_compared(comparison, tmp_path / "f.png") == tmp_path / "f.png"
+    (figure,) = figures
+    lines = [ax.lines for ax in figure.axes]
+    assert [len(own) for own in lines] == [1, 1, 1] and {own[0].get_color() for own in lines} == {colour}
+    assert [own[0].get_ydata().tolist() for own in lines] == [
+        pytest.approx([95, 98]),
+        [3, 4],
+        pytest.approx([0.1, 0.1]),
+    ]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["FedKD"]
+    assert plots.plot_factors_compared(Comparison.of(runs[:1]), tmp_path / "f.png") is None
+
+
+def test_summary_of_factors(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", [0.5, 0.6], 10)
+    assert "rank" not in summarise(run)
+    assert "rank         3.5 on average, energy 0.95 to 0.98" in summarise(with_factors(run, [0.95, 0.98], [3.0, 4.0]))
+    assert (
+        "rank         3.0 on average, energy 0.95" in summarise(with_factors(run, [0.95, 0.95], [3.0, 3.0])).splitlines()
+    )
+    assert "rank         whole, energy 1" in summarise(with_factors(run, [1.0, 1.0], [math.nan, math.nan]))
+
+
 def test_bits_that_are_all_the_same(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", [0.5], 100, bits=[4])
     run.clients["bits"] = [4.0, 4.0]
