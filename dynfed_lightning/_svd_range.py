@@ -33,6 +33,7 @@ DROP = 1e-13  # of a Gram with unit diagonal: directions below are rounding
 EPS32 = 2.0**-23
 STEEP = 1e4  # a ratio of singular values from which dividing by them no longer gives orthonormal vectors
 MOST_PASSES = 6
+SLACK = 0.02  # of the rank, that an estimate may fall below it
 FULL_CHUNK = 1 << 25  # values of float64 at once
 
 
@@ -141,12 +142,14 @@ def _search(batch: _Batch, wanted: Wanted) -> list[Part]:
         return _full(batch, wanted)
     parts: list[Part] = []
     full: list[int] = []
-    # What is still to do: places in `batch`, those matrices, their sketch, the passes it has seen, and the ranks before.
+    # What is still to do: places in `batch`, those matrices, their sketch, the passes it has seen, and its values before.
     every = list(range(len(batch.which)))
-    work = [(every, batch, _step(batch, _first_sketch(batch, wanted.seed, width), m >= n), 1, [0] * len(every))]
+    start = _step(batch, _first_sketch(batch, wanted.seed, width), m >= n)
+    work: list[tuple[list[int], _Batch, _Sketch, int, Tensor | None]] = [(every, batch, start, 1, None)]
     while work:
         places, group, sketch, passes, before = work.pop()
-        plan = _decide(group, sketch.values.cpu(), wanted, passes, before)
+        values = sketch.values.cpu().clamp_min(0)
+        plan = _decide(group, values, wanted, passes, before)
         done = [i for i, p in enumerate(plan) if p.width == 0]
         if done:
             parts.append(_factors(group.take(done), sketch.take(done), [plan[i].rank for i in done]))
@@ -156,10 +159,9 @@ def _search(batch: _Batch, wanted: Wanted) -> list[Part]:
             some, old = group.take(rest), sketch.take(rest)
             wider = width > old.w.shape[2]
             z = torch.cat((old.w, _more_columns(some, wanted.seed, old, width)), dim=2) if wider else old.w
-            after = 1 if wider else passes + 1
-            work.append(
-                ([places[i] for i in rest], some, _step(some, z, not old.right), after, [plan[i].rank for i in rest])
-            )
+            step = _step(some, z, not old.right)
+            here = [places[i] for i in rest]
+            work.append((here, some, step, 1, None) if wider else (here, some, step, passes + 1, values[rest]))
     if full:
         parts += _full(batch.take(sorted(full)), wanted)
     return parts
@@ -169,11 +171,11 @@ def _first_width(wanted: Wanted) -> int:
     """Columns of the first sketch: what singular values 1, 1/2, 1/3, .. need for this energy, and some more."""
     if wanted.energy is None:
         return _round_up(1.15 * wanted.rank + OVERSAMPLE)
-    return _round_up(min(math.ceil(0.61 / max(1 - wanted.energy, 1e-9)), wanted.cap) + OVERSAMPLE)
+    return _round_up(min(math.ceil(0.61 / max(1 - wanted.energy, 1e-9)), wanted.cap) + OVERSAMPLE - 1)
 
 
-def _round_up(width: float) -> int:
-    return 16 * math.ceil(width / 16)
+def _round_up(width: float, multiple: int = 4) -> int:
+    return multiple * math.ceil(width / multiple)
 
 
 class _Plan(NamedTuple):
@@ -181,22 +183,22 @@ class _Plan(NamedTuple):
     width: int  # of the next sketch; 0: accept this one; -1: the full Gram
 
 
-def _decide(batch: _Batch, values: Tensor, wanted: Wanted, passes: int, before: list[int]) -> list[_Plan]:
-    """What to do with each matrix, given the eigenvalues of its sketch."""
-    least, width = min(batch.a.shape[1:]), values.shape[1]
-    w = values.clamp_min(0)
+def _decide(batch: _Batch, w: Tensor, wanted: Wanted, passes: int, before: Tensor | None) -> list[_Plan]:
+    """What to do with each matrix, given the eigenvalues of its sketch, now and a pass before."""
+    least, width = min(batch.a.shape[1:]), w.shape[1]
     ranks = _ranks(w, batch, wanted)
     if wanted.energy is None:
         return [_Plan(r, 0 if passes >= 3 else width) for r in ranks.tolist()]
+    least_ranks = _least_ranks(w, batch, wanted.energy, passes, before)
     plans = []
     for i, rank in enumerate(ranks.tolist()):
         enough = rank <= width
         if not enough:
             left = batch.unscaled_energy(i)
             rank = _predict(w[i].numpy(), left, wanted.energy, least)
-        need = _round_up(1.15 * rank + OVERSAMPLE / 2)
-        # Accurate: many columns beyond the rank, or enough of them and a rank that the last pass has left as it was.
-        if enough and (rank <= 0.45 * width or passes >= MOST_PASSES or (need <= width and rank == before[i])):
+        need = _round_up(1.15 * rank + OVERSAMPLE / 2, 16)  # few widths, few groups
+        # Accurate: an exact decomposition would hardly do with less.
+        if enough and (rank - int(least_ranks[i]) <= SLACK * rank or passes >= MOST_PASSES):
             plans.append(_Plan(rank if rank <= wanted.cap else -1, 0))
         elif need <= width:
             plans.append(_Plan(rank, width))
@@ -214,6 +216,25 @@ def _ranks(w: Tensor, batch: _Batch, wanted: Wanted) -> Tensor:
         return nonzero
     energies = torch.tensor([batch.unscaled_energy(i) for i in range(len(w))], dtype=torch.float64)
     return (w.cumsum(1) < wanted.energy * energies[:, None]).sum(1) + 1
+
+
+def _least_ranks(w: Tensor, batch: _Batch, energy: float, passes: int, before: Tensor | None) -> Tensor:
+    """An estimate of the rank that exact singular values would have given each matrix, which is at most `_ranks`.
+
+    A sketch of l columns that has seen A ``h + 1`` times holds the i-th direction but for about
+    ``sum_{j > l} s_j**(2h + 2) / (s_i**(2h + 2) * (l - k))`` of it (Halko et al., theorem 10.6, without its constants), and the
+    sum is at most ``w_l**h`` times the energy outside the sketch. Twice what the first k values so lack, as found on spectra
+    of all kinds; or what the last pass has added to them, if that is less: the next one adds at most a part of it.
+    """
+    width = w.shape[1]
+    energies = torch.tensor([batch.unscaled_energy(i) for i in range(len(w))], dtype=torch.float64)[:, None]
+    sums = w.cumsum(1)
+    outside = (energies - sums[:, -1:]).clamp_min(0)
+    ratios = (w[:, -1:] / w.clamp_min(torch.finfo(w.dtype).tiny)).clamp_max(1) ** passes
+    lack = 2 * outside * ratios.cumsum(1) / (width - torch.arange(1, width + 1)).clamp_min(1)
+    if before is not None:
+        lack = torch.minimum(lack, (sums - before.cumsum(1)).clamp_min(0))
+    return (sums + lack < energy * energies).sum(1) + 1
 
 
 def _predict(w: np.ndarray, energy: float, share: float, least: int) -> int:
