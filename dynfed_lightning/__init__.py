@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "algorithm": ["Algorithm", "Client", "Received", "Reply", "Server", "Update"],
     "algorithms": [
+        "FML",
         "Centralised",
         "DAdaQuant",
         "DynFed",
@@ -23,6 +24,7 @@ _HOMES = {
         "FedDF",
         "FedKD",
         "FedPAQ",
+        "FedProto",
         "FedProx",
         "Local",
         "Scaffold",
@@ -32,8 +34,10 @@ _HOMES = {
     "comm_hooks": ["GradientCompression", "LowRankState", "QuantizedState", "low_rank_hook", "quantized_hook"],
     "data": ["FederatedDataModule"],
     "distill": ["Distillation", "ServerDistiller"],
+    "encoder": ["EncoderOutput", "TextEncoder", "student_of"],
     "errors": ["ClientFailure", "PayloadError", "RoundFailure"],
     "federation": ["Federation"],
+    "hf": ["load_encoder"],
     "local": ["LoopLocal", "TrainerLocal"],
     "module": ["ClientModule"],
     "mutual": ["MutualDistillation"],
@@ -43,6 +47,7 @@ _HOMES = {
     "schedules": ["Constant", "Cosine", "Exponential", "Linear"],
     "schema": ["Schema"],
     "stages": ["Cast", "ErrorFeedback", "LowRank", "Quantize", "Rotate", "TopK"],
+    "text": ["WordTokenizer", "encode_batch", "load_tokenizer"],
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [*sorted(_HOME_OF), "__version__"]
@@ -50,6 +55,7 @@ __all__ = [*sorted(_HOME_OF), "__version__"]
 if TYPE_CHECKING:
     from dynfed_lightning.algorithm import Algorithm, Client, Received, Reply, Server, Update
     from dynfed_lightning.algorithms import (
+        FML,
         Centralised,
         DAdaQuant,
         DynFed,
@@ -57,6 +63,7 @@ if TYPE_CHECKING:
         FedDF,
         FedKD,
         FedPAQ,
+        FedProto,
         FedProx,
         Local,
         Scaffold,
@@ -72,8 +79,10 @@ if TYPE_CHECKING:
     )
     from dynfed_lightning.data import FederatedDataModule
     from dynfed_lightning.distill import Distillation, ServerDistiller
+    from dynfed_lightning.encoder import EncoderOutput, TextEncoder, student_of
     from dynfed_lightning.errors import ClientFailure, PayloadError, RoundFailure
     from dynfed_lightning.federation import Federation
+    from dynfed_lightning.hf import load_encoder
     from dynfed_lightning.local import LoopLocal, TrainerLocal
     from dynfed_lightning.module import ClientModule
     from dynfed_lightning.mutual import MutualDistillation
@@ -83,6 +92,7 @@ if TYPE_CHECKING:
     from dynfed_lightning.schedules import Constant, Cosine, Exponential, Linear
     from dynfed_lightning.schema import Schema
     from dynfed_lightning.stages import Cast, ErrorFeedback, LowRank, Quantize, Rotate, TopK
+    from dynfed_lightning.text import WordTokenizer, encode_batch, load_tokenizer
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,22 @@ from dynfed_lightning.algorithms.fedavg import FedAvg
 from dynfed_lightning.algorithms.feddf import FedDF
 from dynfed_lightning.algorithms.fedkd import FedKD
 from dynfed_lightning.algorithms.fedpaq import FedPAQ
+from dynfed_lightning.algorithms.fedproto import FedProto
 from dynfed_lightning.algorithms.fedprox import FedProx
+from dynfed_lightning.algorithms.fml import FML
 from dynfed_lightning.algorithms.scaffold import Scaffold
 
-__all__ = ["Centralised", "DAdaQuant", "DynFed", "FedAvg", "FedDF", "FedKD", "FedPAQ", "FedProx", "Local", "Scaffold"]
+__all__ = [
+    "FML",
+    "Centralised",
+    "DAdaQuant",
+    "DynFed",
+    "FedAvg",
+    "FedDF",
+    "FedKD",
+    "FedPAQ",
+    "FedProto",
+    "FedProx",
+    "Local",
+    "Scaffold",
+]

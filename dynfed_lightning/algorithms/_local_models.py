@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dynfed_lightning.algorithm import Reply, total_examples
 from dynfed_lightning.module import ClientModule
 from dynfed_lightning.optimizers import one_optimizer
 from dynfed_lightning.quiet import isolated_rng
@@ -110,7 +111,7 @@ class LocalModels:
         """
         own = self.fresh(state.get("client", client_id), module, seed)
         if self.what in state:
-            _load(own, state[self.what], self.what)
+            recall(own, state[self.what], self.what)
         return own
 
     def optimizer(self, own: L.LightningModule, module: L.LightningModule) -> Callable[[Any], Optimizer] | None:
@@ -143,6 +144,12 @@ def _copy(model: nn.Module) -> nn.Module:
             object.__setattr__(m, "_trainer", trainer)
 
 
+def mean_scalar(replies: Sequence[Reply], name: str) -> float:
+    """The sample-weighted mean of what the clients say of themselves."""
+    weights = total_examples(replies)
+    return sum(w * r.scalars[name] for w, r in zip(weights, replies, strict=True)) / sum(weights)
+
+
 def kept(module: nn.Module) -> list[str]:
     """The names of what a client remembers of its model: what is trained, and what its layers count; never what is frozen."""
     persistent = module.state_dict(keep_vars=True)
@@ -157,7 +164,12 @@ def remembered(module: nn.Module, names: Iterable[str]) -> Tensors:
 
 
 @torch.no_grad()
-def _load(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
+def recall(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
+    """Copy what was `remembered` into `module`.
+
+    Raises:
+        ValueError: it is another model's; the message calls this one `what`.
+    """
     every: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     for name, tensor in tensors.items():
         if name not in every or every[name].shape != tensor.shape:

@@ -33,9 +33,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dynfed_lightning.algorithm import Client, CodecLike, Received, Reply, Server, Update, total_examples
-from dynfed_lightning.algorithms._local_models import LocalModels, kept, remembered
+from dynfed_lightning.algorithms._local_models import LocalModels, kept, mean_scalar, remembered
 from dynfed_lightning.algorithms.fedavg import FedAvg
 from dynfed_lightning.codec import Codec
+from dynfed_lightning.hidden import HiddenLoss
 from dynfed_lightning.local import LocalExecutor
 from dynfed_lightning.mutual import MutualDistillation
 from dynfed_lightning.schedules import Schedule
@@ -131,6 +132,9 @@ class FedKD(FedAvg):
             "weight": 1.0 if distil else 0.0,
             "floor": floor,
         }
+        # Says now what is wrong with these; whether they fit the models is seen in `setup`.
+        HiddenLoss(hidden, attentions, layer_map=layer_map, features=bool(features), projection=projection)
+        MutualDistillation(nn.Linear(1, 1), floor=floor)
         self._seed = 0
 
     # ------------------------------------------------------------------ set-up
@@ -203,9 +207,8 @@ class FedKD(FedAvg):
             lost = difference({n: server.received[n] for n in update if n not in raw}, server.weights())
             update = {n: t + lost[n] if n in lost else t for n, t in update.items()}
         server.apply(update)
-        total = sum(r.num_examples for r in replies)
-        for name, scalar in (("student_loss", "loss"), ("teacher_loss", "teacher_loss")):
-            server.metrics[name] = sum(r.scalars[scalar] * r.num_examples for r in replies) / total
+        server.metrics["student_loss"] = mean_scalar(replies, "loss")
+        server.metrics["teacher_loss"] = mean_scalar(replies, "teacher_loss")
         for r in replies:
             server.client_metrics[r.client_id] = {"teacher_loss": r.scalars["teacher_loss"]}
 
