@@ -26,7 +26,7 @@ from torch import Tensor
 from ._ops_register import OPERATORS as _OPS
 
 FULL_SIDE = 48  # up to this smaller side the full Gram is the quickest
-FULL_SHARE = 0.4  # a sketch of more columns than this share of the smaller side costs more than the full Gram
+FULL_SHARE = 0.45  # a sketch of more columns than this share of the smaller side costs more than the full Gram
 FULL_ENERGY = 1 - 1e-5  # beyond this float32 products are too coarse to tell what is left
 OVERSAMPLE = 16
 DROP = 1e-13  # of a Gram with unit diagonal: directions below are rounding
@@ -109,9 +109,9 @@ class _Batch(NamedTuple):
         scale = None if self.scale is None else self.scale[there]
         return _Batch(self.which[here], self.a[there], self.energies[here], scale)
 
-    def unscaled_energy(self, i: int) -> float:
-        """The squared norm of the scaled matrix."""
-        return float(self.energies[i]) * (1.0 if self.scale is None else float(self.scale[i]) ** 2)
+    def scaled_energies(self) -> Tensor:
+        """The squared norms of the scaled matrices, on the host."""
+        return self.energies if self.scale is None else self.energies * self.scale.flatten().cpu().double().square()
 
     def scaled(self, x: Tensor) -> Tensor:
         return x if self.scale is None else x * self.scale
@@ -142,7 +142,8 @@ def _search(batch: _Batch, wanted: Wanted) -> list[Part]:
         return _full(batch, wanted)
     parts: list[Part] = []
     full: list[int] = []
-    # What is still to do: places in `batch`, those matrices, their sketch, the passes it has seen, and its values before.
+    # What is still to do: places in `batch`, those matrices, their sketch, how many times more than once all its columns have
+    # seen A, and its values before the last time.
     every = list(range(len(batch.which)))
     start = _step(batch, _first_sketch(batch, wanted.seed, width), m >= n)
     work: list[tuple[list[int], _Batch, _Sketch, int, Tensor | None]] = [(every, batch, start, 1, None)]
@@ -161,7 +162,7 @@ def _search(batch: _Batch, wanted: Wanted) -> list[Part]:
             z = torch.cat((old.w, _more_columns(some, wanted.seed, old, width)), dim=2) if wider else old.w
             step = _step(some, z, not old.right)
             here = [places[i] for i in rest]
-            work.append((here, some, step, 1, None) if wider else (here, some, step, passes + 1, values[rest]))
+            work.append((here, some, step, 0, None) if wider else (here, some, step, passes + 1, values[rest]))
     if full:
         parts += _full(batch.take(sorted(full)), wanted)
     return parts
@@ -189,16 +190,16 @@ def _decide(batch: _Batch, w: Tensor, wanted: Wanted, passes: int, before: Tenso
     ranks = _ranks(w, batch, wanted)
     if wanted.energy is None:
         return [_Plan(r, 0 if passes >= 3 else width) for r in ranks.tolist()]
-    least_ranks = _least_ranks(w, batch, wanted.energy, passes, before)
+    least_ranks = _least_ranks(w, batch, wanted.energy, passes, before).tolist()
+    energies = batch.scaled_energies().tolist()
     plans = []
     for i, rank in enumerate(ranks.tolist()):
         enough = rank <= width
         if not enough:
-            left = batch.unscaled_energy(i)
-            rank = _predict(w[i].numpy(), left, wanted.energy, least)
+            rank = _predict(w[i].numpy(), energies[i], wanted.energy, least)
         need = _round_up(1.15 * rank + OVERSAMPLE / 2, 16)  # few widths, few groups
         # Accurate: an exact decomposition would hardly do with less.
-        if enough and (rank - int(least_ranks[i]) <= SLACK * rank or passes >= MOST_PASSES):
+        if enough and (rank - least_ranks[i] <= SLACK * rank or passes >= MOST_PASSES):
             plans.append(_Plan(rank if rank <= wanted.cap else -1, 0))
         elif need <= width:
             plans.append(_Plan(rank, width))
@@ -214,8 +215,7 @@ def _ranks(w: Tensor, batch: _Batch, wanted: Wanted) -> Tensor:
         return nonzero.clamp_max(wanted.rank)
     if wanted.energy == 1:
         return nonzero
-    energies = torch.tensor([batch.unscaled_energy(i) for i in range(len(w))], dtype=torch.float64)
-    return (w.cumsum(1) < wanted.energy * energies[:, None]).sum(1) + 1
+    return (w.cumsum(1) < wanted.energy * batch.scaled_energies()[:, None]).sum(1) + 1
 
 
 def _least_ranks(w: Tensor, batch: _Batch, energy: float, passes: int, before: Tensor | None) -> Tensor:
@@ -227,7 +227,7 @@ def _least_ranks(w: Tensor, batch: _Batch, energy: float, passes: int, before: T
     of all kinds; or what the last pass has added to them, if that is less: the next one adds at most a part of it.
     """
     width = w.shape[1]
-    energies = torch.tensor([batch.unscaled_energy(i) for i in range(len(w))], dtype=torch.float64)[:, None]
+    energies = batch.scaled_energies()[:, None]
     sums = w.cumsum(1)
     outside = (energies - sums[:, -1:]).clamp_min(0)
     ratios = (w[:, -1:] / w.clamp_min(torch.finfo(w.dtype).tiny)).clamp_max(1) ** passes
@@ -322,8 +322,8 @@ def _divided(w: Tensor, values: Tensor, vectors: Tensor, ranks: list[int]) -> tu
     s = values.clamp_min(0).sqrt()
     u = w @ (vectors * torch.where(s > 0, 1 / s, 0)[:, None, :])
     if s.shape[1]:
-        host = s.cpu()
-        steep = [i for i, r in enumerate(ranks) if r > 0 and float(host[i, 0]) > STEEP * float(host[i, r - 1])]
+        last = s.cpu().gather(1, torch.tensor(ranks).clamp_min(1)[:, None] - 1)[:, 0]
+        steep = [i for i in (s.cpu()[:, 0] > STEEP * last).nonzero()[:, 0].tolist() if ranks[i] > 0]
         for i in steep:
             q, r = torch.linalg.qr(u[i, :, : ranks[i]])
             size = r.diagonal()
