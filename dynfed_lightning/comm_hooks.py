@@ -2,9 +2,10 @@
 
 ::
 
-    state = LowRankState(rank=4)
-    strategy = DDPStrategy(ddp_comm_state=state, ddp_comm_hook=low_rank_hook)
-    L.Trainer(devices=2, strategy=strategy, callbacks=[GradientCompression(state)]).fit(module)
+    L.Trainer(devices=2, strategy="ddp", callbacks=[GradientCompression(LowRankState(rank=4))]).fit(module)
+
+The callback registers the hook of its state. ``DDPStrategy(ddp_comm_state=state, ddp_comm_hook=low_rank_hook)`` does so too, but
+on GPUs only: on the CPU Lightning (2.6) passes over hooks in silence. Without Lightning: ``ddp.register_comm_hook(state, hook)``.
 
 `low_rank_hook` is PowerSGD (Vogels et al., NeurIPS 2019); `quantized_hook` sends 1 to 8 bits a value, on this package's kernels.
 Both feed back what they lose, work with gloo and NCCL, gradient accumulation, unused parameters, mixed precision and gradients of
@@ -70,16 +71,19 @@ def _checked(state: Any, kind: type[CommState]) -> Any:
 
 
 class GradientCompression(L.Callback):
-    """Logs what a hook saves, carries its state through checkpoints, and follows the loss scale under ``precision="16-mixed"``.
+    """Registers the hook of a state (unless the strategy has), logs what it saves, carries it through checkpoints, and follows
+    the loss scale under ``precision="16-mixed"``.
 
     Logged at the end of every epoch, per rank, since the beginning: ``comm_megabytes`` (10**6 bytes sent, `Traffic.wire`),
     ``comm_dense_megabytes`` (without the hook) and ``comm_ratio``.
 
     Args:
-        state: the one given to ``DDPStrategy(ddp_comm_state=...)``.
+        state: what the hook needs; the same object as in ``DDPStrategy(ddp_comm_state=...)`` if that has one.
 
     Raises:
-        TypeError: something else than a `LowRankState` or a `QuantizedState`.
+        TypeError: something else than a `LowRankState` or a `QuantizedState`; when training starts on several devices, a strategy
+            that is not DDP.
+        ValueError: when training starts, a strategy with another hook.
     """
 
     def __init__(self, state: CommState) -> None:
@@ -87,6 +91,21 @@ class GradientCompression(L.Callback):
             raise TypeError(f"Expected `state` to be a LowRankState or QuantizedState, but got {type(state).__name__}.")
         self.comm_state = state
         self._loss_scale: float | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        model = trainer.strategy.model
+        if not isinstance(model, torch.nn.parallel.DistributedDataParallel):
+            if trainer.world_size > 1:
+                raise TypeError(f"Expected a DDP strategy, but got {type(trainer.strategy).__name__}.")
+            return
+        registered = [state for _, state in model._comm_hooks]
+        if not registered:
+            hook = low_rank_hook if isinstance(self.comm_state, LowRankState) else quantized_hook
+            model.register_comm_hook(self.comm_state, hook)
+        elif self.comm_state not in registered:
+            raise ValueError(
+                "Expected the strategy to have no other `ddp_comm_state` than this callback's, but it has."
+            )
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
