@@ -27,6 +27,14 @@ algorithm (the method), local (how a client trains), federation and data. Option
 
   dynfed fit --config run.yaml --trainer.max_epochs 50 --algorithm.bits 4 --data.partitioner.alpha 0.1
   dynfed fit --config base.yaml --config mine.yaml --algorithm FedAvg --out runs/mine
+
+Text needs a tokenizer (a folder, a vocab.txt, a name of Hugging Face's, or words:8000 for the training set's own words) and
+an encoder: text_encoder (ours, new), load_text_encoder (ours, with BERT's weights from a folder) or hf (any of Hugging Face's):
+
+  data: {dataset: sst2, tokenizer: ./minilm, partitioner: {class_path: IID, init_args: {num_clients: 4}}}
+  module:
+    class_path: ClientModule
+    init_args: {model: {class_path: load_text_encoder, init_args: {folder: ./minilm, layers: 3}}}
 """
 COMPARE_HELP = """\
 Runs every configuration with every seed into OUT/<name>/seed<k>, then writes OUT/compare.{md,json,png}. The data, the

@@ -33,8 +33,16 @@ def check_outputs(module: L.LightningModule, data: Any, num_classes: int | None)
     probe = copy.deepcopy(module).eval().to("cpu")
     rows = take(inputs, 2)
     if isinstance(rows, Mapping) and "input_ids" in rows and getattr(data, "vocab_size", None):
-        _check_tokens(probe, rows, data.vocab_size, data.longest_text)
-    output = logits_of(call_model(probe, rows))
+        _check_tokens(probe, data.vocab_size, data.longest_text)
+    try:
+        output = logits_of(call_model(probe, rows))
+    except IndexError:
+        if not (isinstance(rows, Mapping) and bool(rows.get("token_type_ids", torch.zeros(1)).any())):
+            raise
+        raise ValueError(
+            f"Expected a model that tells the texts of a pair apart by token type, but {type(module).__name__} has no "
+            "embedding for type 1."
+        ) from None
     if output.ndim != 2 or output.shape[1] != num_classes:
         raise ValueError(
             f"Expected a model with outputs of shape [batch, {num_classes}], as the data has {num_classes} classes, "
@@ -42,10 +50,10 @@ def check_outputs(module: L.LightningModule, data: Any, num_classes: int | None)
         )
 
 
-def _check_tokens(probe: L.LightningModule, rows: Mapping[str, Tensor], vocab_size: int, longest: int) -> None:
+def _check_tokens(probe: L.LightningModule, vocab_size: int, longest: int) -> None:
     def text(length: int, token: int) -> dict[str, Tensor]:
-        filled = {k: torch.ones(1, length, dtype=v.dtype) for k, v in rows.items()}
-        return filled | {"input_ids": torch.full((1, length), token)}
+        mask = torch.ones(1, length, dtype=torch.int64)
+        return {"input_ids": mask * token, "attention_mask": mask}
 
     try:
         call_model(probe, text(1, vocab_size - 1))

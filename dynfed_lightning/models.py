@@ -1,4 +1,4 @@
-"""The small networks the papers use: plain modules from inputs to logits ``[B, C]``.
+"""The small networks the papers use: plain modules from inputs to logits ``[B, C]`` (`TextEncoder`: to an output with them).
 
 Each has ``features`` (inputs to a latent vector, ``[B, D]``) and ``head`` (the last linear layer, D -> C), so that a method
 can split them. Initial weights come from torch's global generator only: ``torch.manual_seed(0)`` before building fixes them.

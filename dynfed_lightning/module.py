@@ -64,9 +64,14 @@ class ClientModule(L.LightningModule):
         self.weight_decay = weight_decay
         self.label_smoothing = label_smoothing
 
-    def forward(self, x: Any) -> Any:
-        """The model's output for inputs ``[B, ...]`` or a dict of them: logits ``[B, C]``, or an output that has them."""
-        return call_model(self.model, x)
+    def forward(self, x: Any = None, **entries: Any) -> Any:
+        """The model's output: logits ``[B, C]``, or an output that has them.
+
+        Args:
+            x: inputs ``[B, ...]``, or a dict of them.
+            entries: or such a dict's entries by name, as in ``module(input_ids=..., attention_mask=...)``.
+        """
+        return call_model(self.model, entries if x is None else x)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Cross-entropy of one batch: ``(inputs, targets)`` or a dict with the usual names."""

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from dynfed_lightning.arrays import LABELS, Arrays, Options, Samples, Texts, codes, pick
 from dynfed_lightning.images import CACHE_FROM, cache_folder, cache_key, decode_images, missing, read_cache, write_cache
-from dynfed_lightning.text_table import text_columns, tokenised
+from dynfed_lightning.text_table import from_ids, text_columns, tokenised
 
+_IDS = ("input_ids", "attention_mask", "token_type_ids")  # of text that somebody has tokenised
 _IMAGES = ("image", "img", "pixel_values")
 
 
@@ -56,6 +57,8 @@ def read_parquet(files: Sequence[Path], o: Options) -> Arrays | Texts:
             raise ValueError(f"Expected {wanted} alike in all of {[f.name for f in files]}, but: {error}") from None
 
     if image is None:
+        if "input_ids" in schema.names and o.text_column is None:
+            return _from_ids(read(*(c for c in _IDS if c in schema.names), label, group), label, group, names, o)
         texts = text_columns(_strings(schema, label, group), schema.names, o)
         if texts is None:
             raise ValueError(
@@ -80,6 +83,8 @@ def from_hf(dataset: Any, o: Options) -> Arrays | Samples | Texts:
     names = o.class_names or getattr(dataset.features[label], "names", None)
     image = None if o.text_column is not None else _image_column(schema, o)
     if image is None:
+        if "input_ids" in dataset.column_names and o.text_column is None:
+            return _from_ids(dataset.with_format("arrow")[:], label, group, names, o)
         texts = text_columns(_strings(schema, label, group), dataset.column_names, o)
         if texts is not None:
             return _to_texts(dataset.with_format("arrow")[:], texts, label, group, names, o)
@@ -221,6 +226,13 @@ def _to_texts(
     pairs = columns[1] if len(columns) > 1 else None
     count, column = _count(y, kept), " and ".join(texts)
     return tokenised(columns[0], pairs, y, count, o, column=column, groups=groups, class_names=kept)
+
+
+def _from_ids(table: Any, label: str, group: str | None, names: Sequence[str] | None, o: Options) -> Texts:
+    y, kept = _labels(table.column(label), label, names)
+    groups = codes(table.column(group).to_pylist())[0] if group else None
+    ids, mask, types = (table.column(c) if c in table.column_names else None for c in _IDS)
+    return from_ids(ids, mask, types, y, _count(y, kept), o, groups=groups, class_names=kept)
 
 
 def _inputs(column: Any, name: str, image_size: int | None) -> Tensor:

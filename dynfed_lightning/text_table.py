@@ -108,6 +108,81 @@ def tokenised(
     )
 
 
+def from_ids(
+    ids: Any,
+    mask: Any,
+    types: Any,
+    labels: Tensor,
+    num_classes: int,
+    o: Options,
+    *,
+    groups: Tensor | None = None,
+    class_names: tuple[str, ...] | None = None,
+) -> Texts:
+    """A table from columns that somebody has tokenised already; rows may differ in length, and padding is taken out.
+
+    Args:
+        ids: Arrow column of lists of integers, ``input_ids``.
+        mask: ``attention_mask``, or ``None``.
+        types: ``token_type_ids``, or ``None``.
+        labels: int64 ``[n]``, as the others: see `tokenised`.
+        num_classes: C.
+        o: with a tokeniser its padding and vocabulary count, without it 0 and the largest id there is.
+        groups: see `Texts`, as `class_names`.
+
+    Raises:
+        ValueError: lists that are missing, empty or differ in length from those of `ids`.
+    """
+    flat, lengths = _flat(ids, "input_ids")
+    kept = np.ones(len(flat), bool)
+    first = None
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    if mask is not None:
+        kept = _like(mask, "attention_mask", lengths) != 0
+    if types is not None:
+        kinds = _like(types, "token_type_ids", lengths)
+        if kinds.any():
+            first = np.bincount(rows[kept], weights=kinds[kept] == 0, minlength=len(lengths)).astype(np.int32)
+    counts = np.bincount(rows[kept], minlength=len(lengths))
+    if not counts.all():
+        raise ValueError(f"Expected tokens in every row of `input_ids`, but row {int(counts.argmin())} has none.")
+    tokenizer = None if o.tokenizer is None else load_tokenizer(o.tokenizer)
+    return Texts(
+        torch.from_numpy(flat[kept].astype(np.int32)),
+        torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)),
+        labels,
+        num_classes,
+        vocab_size=int(flat.max()) + 1 if tokenizer is None else tokenizer.vocab_size,
+        pad_token_id=0 if tokenizer is None else tokenizer.pad_token_id,
+        first=None if first is None else torch.from_numpy(first),
+        groups=groups,
+        class_names=class_names,
+    )
+
+
+def _flat(column: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """An Arrow column of lists as all its values and the rows' lengths."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = column.type
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if not lists or not (pa.types.is_integer(kind.value_type) or pa.types.is_boolean(kind.value_type)):
+        raise ValueError(f"Expected lists of integers in `{name}`, but its type is {kind}.")
+    if column.null_count:
+        raise ValueError(f"Expected a list in every row of `{name}`, but {column.null_count} have none.")
+    values = pc.list_flatten(column)
+    return values.to_numpy(zero_copy_only=False), pc.list_value_length(column).to_numpy().astype(np.int64)
+
+
+def _like(column: Any, name: str, lengths: np.ndarray) -> np.ndarray:
+    flat, own = _flat(column, name)
+    if not np.array_equal(own, lengths):
+        row = int((own != lengths).argmax())
+        raise ValueError(f"Expected `{name}` as long as `input_ids`, but row {row} has {own[row]} and {lengths[row]}.")
+    return flat
+
+
 def _tokens(
     texts: Sequence[str], pairs: Sequence[str] | None, tokenizer: TextTokenizer, o: Options
 ) -> tuple[Tensor, Tensor, Tensor | None]:

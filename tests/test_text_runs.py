@@ -14,10 +14,12 @@ from text_support import PIECES, sentences, vocabulary
 from torch import nn
 
 from dynfed_lightning.algorithms import DynFed, FedAvg, FedDF
+from dynfed_lightning.batches import split_batch
 from dynfed_lightning.cli import main
 from dynfed_lightning.data import FederatedDataModule
 from dynfed_lightning.distill import Distillation
 from dynfed_lightning.encoder import TextEncoder
+from dynfed_lightning.evaluation import check_outputs
 from dynfed_lightning.federation import Federation
 from dynfed_lightning.local import LoopLocal, TrainerLocal
 from dynfed_lightning.module import ClientModule
@@ -130,6 +132,18 @@ def test_predictions_do_not_depend_on_the_batch() -> None:
 def test_a_model_that_does_not_fit_is_found_before_training(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(ClientModule(encoder(**changes)), FedAvg(), texts())
+
+
+def test_pairs_need_token_types() -> None:
+    pairs = [("a film", t) for t in sentences(20)[0]], sentences(20)[1]
+    data = FederatedDataModule(pairs, IID(1), test=pairs, tokenizer="words:40")
+    module = ClientModule(encoder(max_length=20))
+    check_outputs(module, data, 2)
+    with pytest.raises(ValueError, match="ClientModule has no embedding for type 1"):
+        check_outputs(ClientModule(encoder(max_length=20, num_token_types=1)), data, 2)
+    inputs, _ = split_batch(next(iter(data.val_dataloader())))
+    module.eval()
+    assert torch.equal(module(**inputs).logits, module(inputs).logits)  # by name, as Hugging Face's are called
 
 
 def test_hugging_faces_model_in_a_federation(tmp_path: Path) -> None:

@@ -162,6 +162,47 @@ def test_errors_of_lists() -> None:
         load_table((["a", "b"], ["x", "q"]), options=o)
 
 
+@pytest.mark.parametrize("way", ["parquet", "datasets"])
+def test_what_somebody_has_tokenised(tmp_path: Path, way: str) -> None:
+    columns: dict[str, list[Any]] = {
+        "text": ["x", "y", "z"],  # left over
+        "input_ids": [[2, 4, 3], [2, 7, 7, 3, 9, 3], [2, 5, 3, 0, 0]],
+        "attention_mask": [[1, 1, 1], [1] * 6, [1, 1, 1, 0, 0]],
+        "token_type_ids": [[0, 0, 0], [0, 0, 0, 0, 1, 1], [0] * 5],
+        "label": [1, 0, 1],
+    }
+
+    def load(options: Options | None = None, **changes: Any) -> Any:
+        own = {k: v for k, v in {**columns, **changes}.items() if v is not None}
+        if way == "datasets":
+            return load_table(pytest.importorskip("datasets").Dataset.from_dict(own), options=options)
+        return load_table(parquet(tmp_path / "x.parquet", **own), options=options)
+
+    table = load()
+    assert rows(table) == [[2, 4, 3], [2, 7, 7, 3, 9, 3], [2, 5, 3]]
+    assert (table.vocab_size, table.pad_token_id, table.num_classes) == (10, 0, 2)
+    batch = table.batch(torch.tensor([0, 1]))
+    assert batch["token_type_ids"].tolist() == [[0] * 6, [0, 0, 0, 0, 1, 1]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0], [1] * 6]
+    plain = load(attention_mask=None, token_type_ids=None)
+    assert rows(plain)[2] == [2, 5, 3, 0, 0] and set(plain.batch(torch.tensor([0]))) == {"input_ids", "attention_mask"}
+    assert "token_type_ids" not in load(token_type_ids=[[0] * 3, [0] * 6, [0] * 5]).batch(torch.tensor([0]))
+    assert load(O).vocab_size == WORDS.vocab_size
+    chosen = Options(tokenizer=WordTokenizer(["x"]), text_column="text")
+    assert rows(load(chosen)) == [[2, 4, 3], [2, 1, 3], [2, 1, 3]]
+    for changes, message in (
+        ({"input_ids": [1, 2, 3]}, "lists of integers in `input_ids`"),
+        ({"input_ids": [[1], None, [2]]}, "a list in every row of `input_ids`, but 1 have none"),
+        (
+            {"attention_mask": [[1, 1, 1], [1] * 5, [1] * 5]},
+            "`attention_mask` as long as `input_ids`, but row 1 has 5 and 6",
+        ),
+        ({"attention_mask": [[1, 1, 1], [0] * 6, [1] * 5]}, "every row of `input_ids`, but row 1 has none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(**changes)
+
+
 # ------------------------------------------------------------------------ cache
 
 
