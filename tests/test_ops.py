@@ -297,6 +297,8 @@ def calls() -> Iterator[tuple[str, tuple]]:
     yield "unpack_dequantize_table_out", (table_packed, table_scales, layout.table, [x.clone()])
     yield "dequantize_accumulate_table", (x, [table_packed], [table_scales], [layout.table], weights[:1])
     yield "rotate_", (x.clone(), layout.table, 64, 3, False)
+    yield "symmetric_eigh", (torch.ones(2, 5, 5, dtype=torch.float64) + torch.eye(5, dtype=torch.float64),)
+    yield "squared_norm", (x[:60].view(2, 5, 6),)
 
 
 @pytest.mark.parametrize(

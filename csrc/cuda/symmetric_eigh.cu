@@ -286,9 +286,11 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1)
 // keep shared memory busy.
 int warps_for(int64_t n) { return 1 + (n <= 16 ? 4 : n <= 32 ? 8 : n <= 64 ? 16 : n <= 96 ? 12 : 16); }
 
+// `most` is how much shared memory a kernel may ask for: always as much, as another thread may launch at the same time.
 template <class Kernel>
-int launch(Kernel kernel, const double* a, int64_t batch, int64_t l, double* w, double* v, int64_t bytes, void* stream) {
-  if (const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes))) return error;
+int launch(Kernel kernel, const double* a, int64_t batch, int64_t l, double* w, double* v, int64_t bytes, int most,
+           void* stream) {
+  if (const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most)) return error;
   const int warps = warps_for(l + (l & 1));
   DYNFED_LAUNCH_SHARED(kernel, unsigned(batch), unsigned(warps * kWarp), size_t(bytes), stream, a, w, v, int(l), warps);
   return cudaGetLastError();
@@ -306,7 +308,7 @@ extern "C" int dynfed_cuda_symmetric_eigh(const double* a, int64_t batch, int64_
   if (const int error = cudaGetDevice(&device)) return error;
   if (const int error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return error;
   const int64_t n = l + (l & 1), alone = doubles_for(n) * 8, together = alone + n * n * 8;
-  if (together <= most) return launch(symmetric_eigh<false>, a, batch, l, w, v, together, stream);
-  if (alone <= most) return launch(symmetric_eigh<true>, a, batch, l, w, v, alone, stream);
+  if (together <= most) return launch(symmetric_eigh<false>, a, batch, l, w, v, together, most, stream);
+  if (alone <= most) return launch(symmetric_eigh<true>, a, batch, l, w, v, alone, most, stream);
   return kTooLarge;
 }
