@@ -75,7 +75,8 @@ def test_the_fewest_triples_that_hold_the_energy(shape, energy):
     assert error(got.tensors["w"], x) <= (1 - energy) * (1 + 1e-5)
     if got.ranks["w"] == k:  # then it is the best there is: what was cut off, and no more
         squares = torch.linalg.svdvals(x.reshape(shape[0], -1).double()).square()
-        assert error(got.tensors["w"], x) == pytest.approx(float(squares[k:].sum() / squares.sum()), rel=1e-3)
+        least = float(squares[k:].sum() / squares.sum())
+        assert least * (1 - 1e-5) <= error(got.tensors["w"], x) <= least * 1.02
 
 
 def test_the_payload_is_the_factors():
@@ -191,8 +192,12 @@ def test_values_at_the_ends_of_the_range():
     assert error(through(Codec(LowRank(0.95)), large), large) <= 0.05
     half = torch.full((20, 30), 65504.0).half()
     assert torch.equal(through(Codec(LowRank(0.95)), half), half)
-    double = decaying(20, 30).double() * 1e200
-    assert torch.equal(through(Codec(LowRank(0.95)), double), double)  # beyond float32: whole
+    x = {n: decaying(20, 30, seed=i, power=2).double() for i, n in enumerate("abc")}
+    x["b"] *= 1e200  # beyond float32: whole, and the others of its batch are not
+    codec = Codec(LowRank(0.95))
+    got = codec.decode_full(codec.encode(x), Schema.of(x))
+    assert got.ranks == {"a": 2, "b": None, "c": 2} and torch.equal(got.tensors["b"], x["b"])
+    assert error(got.tensors["c"], x["c"]) <= 0.05
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -215,7 +220,8 @@ def test_max_rank_and_min_size():
     got = capped.decode_full(capped.encode(x), Schema.of(x))
     assert got.ranks == {"big": 3, "small": 3, "flat": 3}
     squares = torch.tensor([1.0 / i**2 for i in range(1, 61)])
-    assert error(got.tensors["big"], x["big"]) == pytest.approx(float(squares[3:].sum() / squares.sum()), rel=1e-3)
+    least = float(squares[3:].sum() / squares.sum())
+    assert least * (1 - 1e-5) <= error(got.tensors["big"], x["big"]) <= least * 1.02
     assert rank_of(decaying(60, 80), Codec(LowRank(0.5, max_rank=3))) == needed(decaying(60, 80), 0.5) == 1
     assert rank_of(decaying(10, 12), Codec(LowRank(0.9999, max_rank=6))) is None  # six triples would not be smaller
     assert rank_of(decaying(60, 80), Codec(LowRank(1.0, max_rank=2))) == 2  # PowerSGD's fixed rank
@@ -246,7 +252,7 @@ def test_same_seed_same_bytes_and_company_does_not_matter():
     alone = through(codec, b, seed=3)
     update = {"a": a, "b": b, "c": a.t().contiguous()}
     together = codec.decode(codec.encode(update, CodecContext(seed=3)), Schema.of(update))["b"]
-    assert torch.equal(alone, together)
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)  # sums in another order, at most
     assert torch.equal(through(codec, a.t().contiguous().t(), seed=3), through(codec, a, seed=3))
 
 

@@ -113,10 +113,14 @@ class LowRank(Stage):
             if cap is not None and left:
                 _take(found, left, ops.truncated_svd(stack[left], rank=cap, seed=seed))
         except ValueError:
-            if bool(torch.isfinite(stack.float()).all()):
+            norms = torch.linalg.vector_norm(stack.flatten(1), dim=1, dtype=torch.float64)
+            fit = (norms <= _MAX).nonzero()[:, 0].tolist()
+            if len(fit) == len(stack):
                 raise
-            # NaN, infinity, or too large for float32: whole, they reach the codec, which refuses what is not finite.
-            return [None] * len(stack)
+            # Too large for float32, or NaN or infinity, which the codec refuses and names when it comes to them.
+            found = [None] * len(stack)
+            for b, uvs in zip(fit, self._decompose(stack[fit], energy, most, seed) if fit else (), strict=True):
+                found[b] = uvs
         return found
 
     def layout(self, parts: tuple[Part, ...], meta: Meta) -> tuple[Part, ...]:
@@ -197,9 +201,8 @@ def _most(part: Part) -> int:
 
 def _take(found: list[tuple[Tensor, Tensor, Tensor] | None], which: Iterable[int], svd: ops.TruncatedSVD) -> None:
     """Put the factors of the matrices `which`, those that reached their energy, into `found`."""
-    finite = torch.isfinite(svd.S).all(1).tolist()  # of values near the largest float32 the norm is infinite
-    for b, u, s, v, rank, ok in zip(which, svd.U, svd.S, svd.Vh, svd.rank.tolist(), finite, strict=True):
-        if rank >= 0 and ok:
+    for b, u, s, v, rank in zip(which, svd.U, svd.S, svd.Vh, svd.rank.tolist(), strict=True):
+        if rank >= 0:
             k = min(rank, int((s > 0).sum()))
             found[b] = u[:, :k].t().contiguous(), s[:k].contiguous(), v[:k].contiguous()
 
