@@ -1,7 +1,8 @@
 """What the gradient compression hooks share: their state, the collectives with every byte counted, and where they run.
 
-The collectives of a hook are called in one order on every rank, on the thread that DDP calls the hook from. On a GPU they and the arithmetic between them are queued on a stream of the hook's own, so that the backward pass goes
-on meanwhile; on the CPU the hook returns when they are done.
+The collectives of a hook are called in one order on every rank, on the thread that DDP calls the hook from. On a GPU they and
+the arithmetic between them are queued on a stream of the hook's own, so that the backward pass goes on meanwhile; on the CPU the
+hook returns when they are done.
 """
 
 from __future__ import annotations
