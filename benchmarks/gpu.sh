@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, offline and in less than 8 minutes: builds the extension with CUDA in a copy of this checkout, runs
-# the tests marked gpu and the GPU benchmark, and leaves logs, CSV, report and figure in OUTDIR.
+# the tests marked gpu and the GPU benchmarks, and leaves logs, CSV, report and figure in OUTDIR.
 #   benchmarks/gpu.sh OUTDIR
 # PYTHON chooses the interpreter (python3), SECONDS_IN_ALL the time limit. The exit status is the number of steps that failed.
 # DEVICE=cpu DYNFED_CUDA=0 is a dry run without a GPU: the same steps on small vectors.
@@ -39,7 +39,7 @@ step() {
   return "$status"
 }
 
-rm -f "$out"/{summary.txt,build.log,pytest.log,kernels.log,kernels-gpu.csv,kernels-gpu.md,kernels-gpu.png}
+rm -f "$out"/{summary.txt,build.log,pytest.log,kernels.log,kernels-gpu.csv,kernels-gpu.md,kernels-gpu.png,svd.log,svd-gpu.*}
 
 # In a copy, without what an earlier build left: nothing in the checkout changes, and no other build is loaded by mistake.
 tar -C "$root" -cf - --exclude='*.so' --exclude=__pycache__ benchmarks/*.py csrc dynfed_lightning kernels tests README.md LICENSE \
@@ -95,10 +95,14 @@ tests() {
 tests cuda 80 "not triton"
 tests triton 130 triton
 
+# First of the benchmarks, as it is the shortest.
+step "benchmark, svd" 60 svd.log "$python" benchmarks/svd.py --device "$device" --out "$out/svd-gpu.csv"
+tail -n 30 "$out/svd.log" 2>/dev/null | cut -c1-160 | tee -a "$out/summary.txt"
+
 # A process per backend: a fault of one must not take the other's rows. Rows are written as they come.
 bench=("$python" benchmarks/kernels.py --device "$device" --plan cuda --seconds 0.15 --out "$out/kernels-gpu.csv")
 [[ $device == cpu ]] && bench+=(--sizes "128K,64K" --models resnet20 --threads 1 --seconds 0.002)
-step "benchmark, cuda" 140 kernels.log "${bench[@]}" --backends cuda --only main,layout,rotate
+step "benchmark, cuda" 120 kernels.log "${bench[@]}" --backends cuda --only main,layout,rotate
 step "benchmark, triton" 100 kernels.log "${bench[@]}" --backends triton --peers none --bits 4,2,8 --append
 if [[ -s $out/kernels-gpu.csv ]]; then
   limit=$((limit + 15)) # the report takes seconds, and is what one reads
