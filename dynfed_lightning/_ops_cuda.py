@@ -89,7 +89,8 @@ def rotate(x: Tensor, table: Tensor, block: int, seed: int, inverse: bool) -> No
 
 
 def symmetric_eigh(a: Tensor, w: Tensor, v: Tensor) -> None:
-    """As the reference; matrices of more than 128 rows, or too large for the device's shared memory, go to cuSOLVER.
+    """As the reference; matrices of more than 128 rows, or too large for the device's shared memory, go to cuSOLVER, which waits
+    for the device and cannot be captured.
 
     A thread block rotates a whole matrix in shared memory. On a GPU with 100 KB of it (compute capability 8.6, 8.9 and 12) that
     is up to 110 rows.
