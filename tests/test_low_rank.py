@@ -10,11 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dynfed_lightning import ops
 from dynfed_lightning.codec import Codec, CodecContext, Schema, inspect
 from dynfed_lightning.downlink import DownlinkReceiver, DownlinkSender
 from dynfed_lightning.errors import MalformedPayloadError, NonFiniteError
 from dynfed_lightning.schedules import Constant, Exponential, Linear
 from dynfed_lightning.stages import Cast, ErrorFeedback, LowRank, Quantize, Rotate, TopK, from_wire_name
+from dynfed_lightning.stages.base import parts_of
 from dynfed_lightning.stages.low_rank import from_runs, parse_runs, to_runs
 from dynfed_lightning.tensors import Tensors
 
@@ -511,6 +513,21 @@ def test_runs_are_their_own_inverse_and_canonical():
 @given(st.lists(st.one_of(st.none(), st.integers(0, 10**9 - 1)), max_size=30))
 def test_any_ranks_come_back(ranks):
     assert from_runs(to_runs(ranks), len(ranks)) == ranks
+
+
+def test_a_rank_that_does_not_pay_is_refused_by_name():
+    parts = parts_of(Schema.of({"w": torch.zeros(9, 7)}))
+    assert [p.shape for p in LowRank().layout(parts, [0.5, "3"])] == [(3, 9), (3,), (3, 7)]
+    with pytest.raises(MalformedPayloadError, match="Expected a rank of at most 3 for 'w', but got 4"):
+        LowRank().layout(parts, [0.5, "4"])
+
+
+def test_rounds_and_seeds_draw_other_bases(monkeypatch):
+    seeds, real = [], ops.truncated_svd
+    monkeypatch.setattr(ops, "truncated_svd", lambda *a, **k: seeds.append(k["seed"]) or real(*a, **k))
+    for context in ({"seed": 0}, {"seed": 1}, {"seed": 0, "round": 1}, {"seed": 2**64 - 1}, {"seed": 0}):
+        through(Codec(LowRank(0.9)), decaying(20, 30), **context)
+    assert len(set(seeds)) == 4 and seeds[0] == seeds[4]
 
 
 def test_its_wire_name_leads_back():
