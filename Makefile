@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard setup.py) $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit("Expected Python 3.11 or newer, but got %d.%d; pass PYTHON=..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch setuptools wheel ninja
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[data,cli,report,test,dev]"
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[data,cli,report,text,test,dev]"
 	@touch $@
 
 demo: $(STAMP)  ## DynFed against float32 FedAvg on digits, 20 clients: a table and a figure in a minute or two
