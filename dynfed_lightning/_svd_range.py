@@ -26,10 +26,10 @@ from torch import Tensor
 from ._ops_register import OPERATORS as _OPS
 
 FULL_SIDE = 48  # up to this smaller side the full Gram is the quickest
-FULL_SHARE = 0.45  # a sketch of more columns than this share of the smaller side costs more than the full Gram
+FULL_SHARE = 0.5  # a sketch of more columns than this share of the smaller side costs more than the full Gram
 FULL_ENERGY = 1 - 1e-5  # beyond this float32 products are too coarse to tell what is left
 OVERSAMPLE = 16
-DROP = 1e-13  # of a Gram with unit diagonal: directions below are rounding
+DROP = 1e-13  # of a Gram's largest eigenvalue: directions below are rounding
 EPS32 = 2.0**-23
 STEEP = 1e4  # a ratio of singular values from which dividing by them no longer gives orthonormal vectors
 MOST_PASSES = 6
@@ -93,11 +93,9 @@ class _Batch(NamedTuple):
         if len(index) < a.shape[0]:
             a = a[index.to(a.device)]
         # Squares of norms beyond these leave float32. A power of two changes no mantissa; it stays a normal number.
-        half = (energies.log2() / 2).round()
-        half = torch.where(half.abs() > 30, half, 0).clamp(-100, 100)
-        scale = None
-        if bool(half.any()):
-            scale = torch.exp2(-half).to(a.dtype).to(a.device)[:, None, None]
+        half = np.round(np.log2(energies.numpy()) / 2)
+        half = np.where(np.abs(half) > 30, half, 0.0).clip(-100, 100)
+        scale = torch.from_numpy(np.exp2(-half)).to(a.dtype).to(a.device)[:, None, None] if half.any() else None
         return _Batch(index, a, energies, scale)
 
     def take(self, places: list[int]) -> _Batch:
@@ -109,9 +107,10 @@ class _Batch(NamedTuple):
         scale = None if self.scale is None else self.scale[there]
         return _Batch(self.which[here], self.a[there], self.energies[here], scale)
 
-    def scaled_energies(self) -> Tensor:
-        """The squared norms of the scaled matrices, on the host."""
-        return self.energies if self.scale is None else self.energies * self.scale.flatten().cpu().double().square()
+    def scaled_energies(self) -> np.ndarray:
+        """The squared norms of the scaled matrices."""
+        scale = 1.0 if self.scale is None else self.scale.flatten().cpu().double().square().numpy()
+        return self.energies.numpy() * scale
 
     def scaled(self, x: Tensor) -> Tensor:
         return x if self.scale is None else x * self.scale
@@ -146,10 +145,10 @@ def _search(batch: _Batch, wanted: Wanted) -> list[Part]:
     # seen A, and its values before the last time.
     every = list(range(len(batch.which)))
     start = _step(batch, _first_sketch(batch, wanted.seed, width), m >= n)
-    work: list[tuple[list[int], _Batch, _Sketch, int, Tensor | None]] = [(every, batch, start, 1, None)]
+    work: list[tuple[list[int], _Batch, _Sketch, int, np.ndarray | None]] = [(every, batch, start, 1, None)]
     while work:
         places, group, sketch, passes, before = work.pop()
-        values = sketch.values.cpu().clamp_min(0)
+        values = _host(sketch.values)
         plan = _decide(group, values, wanted, passes, before)
         done = [i for i, p in enumerate(plan) if p.width == 0]
         if done:
@@ -175,7 +174,7 @@ def _first_width(wanted: Wanted) -> int:
     return _round_up(min(math.ceil(0.61 / max(1 - wanted.energy, 1e-9)), wanted.cap) + OVERSAMPLE - 1)
 
 
-def _round_up(width: float, multiple: int = 4) -> int:
+def _round_up(width: float, multiple: int = 8) -> int:
     return multiple * math.ceil(width / multiple)
 
 
@@ -184,7 +183,12 @@ class _Plan(NamedTuple):
     width: int  # of the next sketch; 0: accept this one; -1: the full Gram
 
 
-def _decide(batch: _Batch, w: Tensor, wanted: Wanted, passes: int, before: Tensor | None) -> list[_Plan]:
+def _host(values: Tensor) -> np.ndarray:
+    """Eigenvalues that rounding has not made negative, where decisions are made."""
+    return np.maximum(values.cpu().numpy(), 0.0)
+
+
+def _decide(batch: _Batch, w: np.ndarray, wanted: Wanted, passes: int, before: np.ndarray | None) -> list[_Plan]:
     """What to do with each matrix, given the eigenvalues of its sketch, now and a pass before."""
     least, width = min(batch.a.shape[1:]), w.shape[1]
     ranks = _ranks(w, batch, wanted)
@@ -196,7 +200,7 @@ def _decide(batch: _Batch, w: Tensor, wanted: Wanted, passes: int, before: Tenso
     for i, rank in enumerate(ranks.tolist()):
         enough = rank <= width
         if not enough:
-            rank = _predict(w[i].numpy(), energies[i], wanted.energy, least)
+            rank = _predict(w[i], energies[i], wanted.energy, least)
         need = _round_up(1.15 * rank + OVERSAMPLE / 2, 16)  # few widths, few groups
         # Accurate: an exact decomposition would hardly do with less.
         if enough and (rank - least_ranks[i] <= SLACK * rank or passes >= MOST_PASSES):
@@ -208,17 +212,21 @@ def _decide(batch: _Batch, w: Tensor, wanted: Wanted, passes: int, before: Tenso
     return plans
 
 
-def _ranks(w: Tensor, batch: _Batch, wanted: Wanted) -> Tensor:
+def _ranks(w: np.ndarray, batch: _Batch, wanted: Wanted) -> np.ndarray:
     """The rank that each row of eigenvalues (descending, on the host) reaches the energy with; more than there are: none."""
-    nonzero = (w > EPS32**2 * w[:, :1]).sum(1)
     if wanted.energy is None:
-        return nonzero.clamp_max(wanted.rank)
+        return np.minimum(_nonzero(w), wanted.rank)
     if wanted.energy == 1:
-        return nonzero
+        return _nonzero(w)
     return (w.cumsum(1) < wanted.energy * batch.scaled_energies()[:, None]).sum(1) + 1
 
 
-def _least_ranks(w: Tensor, batch: _Batch, energy: float, passes: int, before: Tensor | None) -> Tensor:
+def _nonzero(w: np.ndarray) -> np.ndarray:
+    """How many of the values are more than float32's rounding of the largest."""
+    return (w > EPS32**2 * w[:, :1]).sum(1)
+
+
+def _least_ranks(w: np.ndarray, batch: _Batch, energy: float, passes: int, before: np.ndarray | None) -> np.ndarray:
     """An estimate of the rank that exact singular values would have given each matrix, which is at most `_ranks`.
 
     A sketch of l columns that has seen A ``h + 1`` times holds the i-th direction but for about
@@ -229,11 +237,11 @@ def _least_ranks(w: Tensor, batch: _Batch, energy: float, passes: int, before: T
     width = w.shape[1]
     energies = batch.scaled_energies()[:, None]
     sums = w.cumsum(1)
-    outside = (energies - sums[:, -1:]).clamp_min(0)
-    ratios = (w[:, -1:] / w.clamp_min(torch.finfo(w.dtype).tiny)).clamp_max(1) ** passes
-    lack = 2 * outside * ratios.cumsum(1) / (width - torch.arange(1, width + 1)).clamp_min(1)
+    outside = np.maximum(energies - sums[:, -1:], 0.0)
+    ratios = np.minimum(w[:, -1:] / np.maximum(w, np.finfo(w.dtype).tiny), 1.0) ** passes
+    lack = 2 * outside * ratios.cumsum(1) / np.maximum(width - np.arange(1, width + 1), 1)
     if before is not None:
-        lack = torch.minimum(lack, (sums - before.cumsum(1)).clamp_min(0))
+        lack = np.minimum(lack, np.maximum(sums - before.cumsum(1), 0.0))
     return (sums + lack < energy * energies).sum(1) + 1
 
 
@@ -295,12 +303,8 @@ def _orthonormal(z: Tensor) -> Tensor:
     squares that.
     """
     x = z.double()
-    gram = x.mT @ x
-    scale = gram.diagonal(dim1=1, dim2=2)
-    scale = torch.where(scale > 0, scale, torch.inf).rsqrt()
-    w, v = _OPS.symmetric_eigh(gram * scale[:, :, None] * scale[:, None, :])
-    power = torch.where(w > DROP * w[:, :1], w, torch.inf).rsqrt()
-    q = (x @ (scale[:, :, None] * v * power[:, None, :])).to(z.dtype)
+    w, v = _OPS.symmetric_eigh(x.mT @ x)
+    q = (x @ v.mul_(torch.where(w > DROP * w[:, :1], w, torch.inf).rsqrt_()[:, None, :])).to(z.dtype)
     return torch.baddbmm(q, q, q.mT @ q, beta=1.5, alpha=-0.5)
 
 
@@ -358,17 +362,13 @@ def _full_chunk(batch: _Batch, wanted: Wanted) -> Part:
     tall = batch.a.shape[1] >= batch.a.shape[2]
     x = batch.scaled(batch.a.double() if tall else batch.a.double().mT)
     values, vectors = _OPS.symmetric_eigh(x.mT @ x)
-    ranks = [r if r <= wanted.cap else -1 for r in _full_ranks(values.cpu().clamp_min(0), batch, wanted).tolist()]
+    w = _host(values)
+    found = np.minimum(_ranks(w, batch, wanted), _nonzero(w))  # what all values lack of the energy is rounding
+    ranks = [r if r <= wanted.cap else -1 for r in found.tolist()]
     k = max(max(ranks), 0)
     one, s = _divided(x, values[:, :k], vectors[:, :, :k], ranks)
     other = vectors[:, :, :k]
     return _part(batch, one if tall else other, s, other if tall else one, ranks)
-
-
-def _full_ranks(w: Tensor, batch: _Batch, wanted: Wanted) -> Tensor:
-    """As `_ranks`, of all eigenvalues: what they lack of the energy is rounding."""
-    nonzero = (w > EPS32**2 * w[:, :1]).sum(1)
-    return torch.minimum(_ranks(w, batch, wanted), nonzero)
 
 
 # ---- float32 in full ----
