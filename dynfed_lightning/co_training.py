@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,6 +68,16 @@ def check_trainer(trainer: Any) -> Precision | None:
 def world_size(trainer: Any) -> int:
     """Ranks; 1 in the bare loop."""
     return int(getattr(trainer, "world_size", 1))
+
+
+@torch.no_grad()
+def start_equal(tensors: Iterable[Tensor]) -> None:
+    """Give every rank rank 0's values, in memory of its own: spawned processes share what was passed to them on the CPU, and
+    Lightning undoes that for the module alone."""
+    for tensor in tensors:
+        if tensor.is_shared():
+            tensor.data = tensor.data.clone()
+        torch.distributed.broadcast(tensor.data, 0)
 
 
 @torch.no_grad()

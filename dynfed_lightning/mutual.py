@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from dynfed_lightning.batches import call_model, split_batch, take
 from dynfed_lightning.callbacks import ExtraLoss
 from dynfed_lightning.capture import AskForStates, Capture, LayerMap, find_layer
-from dynfed_lightning.co_training import RandomStream, check_trainer, step, world_size
+from dynfed_lightning.co_training import RandomStream, check_trainer, start_equal, step, world_size
 from dynfed_lightning.hidden import HiddenLoss, Switch
 from dynfed_lightning.losses import Sides, adaptive_divisor, mutual_kl, mutual_losses
 from dynfed_lightning.module import ClientModule
@@ -42,7 +42,8 @@ class MutualDistillation(ExtraLoss):
     It honours gradient accumulation, ``gradient_clip_val`` (the peer's gradients are clipped by the same rule, by their own
     norm), mixed precision with and without a gradient scaler, and DDP (the peer's gradients are averaged over the ranks); it
     refuses strategies that shard parameters. `state_dict` holds the peer, its optimiser and W_h, so Lightning's checkpoints
-    resume both sides. The peer's other hooks (``on_train_start``, ...) are not called.
+    resume both sides; with ``DDPStrategy(start_method="spawn")``, whose processes end with the fit, they are where the trained
+    peer is to be found. The peer's other hooks (``on_train_start``, ...) are not called.
 
     Args:
         peer: a network that returns logits (then its task loss is cross-entropy), or a LightningModule with a
@@ -223,8 +224,7 @@ class MutualDistillation(ExtraLoss):
         seed = derive_seed(torch.initial_seed(), "peer")
         self._random = RandomStream(seed, pl_module.device, loaded.get("random"))
         if world_size(trainer) > 1:
-            for tensor in (*self.peer.parameters(), *self.peer.buffers(), *self.hidden.parameters()):
-                torch.distributed.broadcast(tensor.data, 0)
+            start_equal((*self.peer.parameters(), *self.peer.buffers(), *self.hidden.parameters()))
         self._pending, self._steps = False, int(loaded.get("steps", 0))
         self._sums, self._batches = {}, 0
         self._captures = self._listen(pl_module) if self._distils else None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -12,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from mutual_support import Sentences, TinyTransformer, sentences, text_module
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from toys import CLASSES, WIDTH, NormNet, assert_same, blobs, client_module, data_module, network, outer
 
 from dynfed_lightning import ClientModule, LoopLocal, MutualDistillation, TrainerLocal
@@ -358,6 +361,60 @@ def test_resume_goes_on_as_if_nothing_had_happened(stop: int, tmp_path: Path) ->
     assert_same(state(whole[1]), state(second[1]))
     assert_same(state(whole[2].hidden), state(second[2].hidden))
     assert not torch.equal(state(first[1])["model.head.weight"], state(second[1])["model.head.weight"])
+
+
+class Disturb(L.Callback):
+    """Ranks whose peers start apart, as an unseeded script's do."""
+
+    def __init__(self, peer: nn.Module) -> None:
+        self.peer = peer
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.global_rank == 1:
+            for p in self.peer.parameters():
+                p.data = p.data + 1.0  # in memory of its own: spawned ranks share what they were passed
+
+
+class Halves(L.LightningDataModule):
+    """The same 48 rows in the same order, every batch of 16 dealt to the ranks."""
+
+    def train_dataloader(self) -> DataLoader:
+        assert self.trainer is not None
+        ranks, data = self.trainer.world_size, TensorDataset(*blobs(48))
+        sampler = DistributedSampler(data, ranks, self.trainer.global_rank, shuffle=False)
+        return DataLoader(data, 16 // ranks, sampler=sampler)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Lightning's advice on spawning and data loaders
+def test_two_ranks_are_one_with_twice_the_batch(tmp_path: Path) -> None:
+    """The mean over ranks of means over half a batch each: module, peer and W_h, by what rank 0 saved."""
+
+    def train(folder: str, **kwargs: Any) -> tuple[Any, Any]:
+        peer = network(1, hidden=16)
+        features = [("model.0", "0")]
+        callback = MutualDistillation(peer, peer_optimizer=sgd, adaptive=False, features=features)
+        callbacks = [Disturb(peer), callback, ModelCheckpoint(tmp_path / folder, save_last=True)]
+        kwargs.update(enable_checkpointing=True, gradient_clip_val=0.5, use_distributed_sampler=False)
+        outer(2, callbacks=callbacks, **kwargs).fit(client_module(), datamodule=Halves())
+        saved = torch.load(tmp_path / folder / "last.ckpt", weights_only=True)
+        return saved["state_dict"], next(v for v in saved["callbacks"].values() if "projections" in v)
+
+    strategy = DDPStrategy(process_group_backend="gloo", start_method="spawn", timeout=timedelta(seconds=90))
+    one, two = train("one"), train("two", devices=2, strategy=strategy)
+    for a, b in ((one[0], two[0]), (one[1]["peer"], two[1]["peer"]), (one[1]["projections"], two[1]["projections"])):
+        assert a.keys() == b.keys()
+        for n in a:
+            torch.testing.assert_close(a[n], b[n], rtol=0, atol=1e-6)
+    assert not torch.equal(one[1]["peer"]["0.weight"], network(1, hidden=16)[0].weight)
+
+
+def test_strategies_that_shard_are_refused() -> None:
+    trainer = SimpleNamespace(strategy=FSDPStrategy(), precision_plugin=None)
+    with pytest.raises(
+        ValueError, match="Expected a single device or DDP under MutualDistillation, but got FSDPStrategy"
+    ):
+        MutualDistillation(network(1)).on_train_start(trainer, client_module())  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------------ the two executors
