@@ -7,7 +7,7 @@
 //   2. the eigenvectors: V J. Meanwhile the first warp computes the rotations of the next round, which need A alone.
 // What one round costs is shared memory's bandwidth and, for small matrices, the latency of the rotations: hence the overlap, and
 // a rotation from two reciprocal square roots without a division. Half a warp's lanes take neighbouring pairs of columns: their
-// columns are neighbours too (but for one that wraps around), in rows and so in banks.
+// columns are neighbours too (but where they wrap around), in rows and so in banks.
 //
 // The matrix is scaled by a power of two, so that its largest magnitude is between 1 and 2. A pair whose element is below 2^-62
 // is not rotated, its element becomes zero; all of these together are less than 2^-55 of the norm. Rotations are in a fixed
@@ -34,10 +34,12 @@ struct Pair {
   int p, q;
 };
 
-// Pair k of a round: one index stays where it is, the others go round.
+// Pair k of a round: index n - 1 stays where it is, the others go round. Whether it is p or q decides whether the p (or the q) of
+// 16 neighbouring pairs fall into 16 banks: with 32 rows they always do this way.
 __device__ __forceinline__ Pair pair_of(int k, int round, int n) {
-  const int p = round + k, q = round - k;
-  return {k == 0 ? n - 1 : p < n - 1 ? p : p - (n - 1), q >= 0 ? q : q + (n - 1)};
+  const int p = round + k, q = round - k, fixed = n - 1;
+  if (k == 0) return 2 * round >= n ? Pair{fixed, round} : Pair{round, fixed};
+  return {p < fixed ? p : p - fixed, q >= 0 ? q : q + fixed};
 }
 
 __device__ __forceinline__ double approximate_inverse_sqrt(double x) {
@@ -165,7 +167,7 @@ __device__ __forceinline__ void rotate_matrix(const Problem& m, int round, const
 
 __device__ __forceinline__ void rotate_vectors(const Problem& m, int round, const Share& share) {
   const Pair column = pair_of(share.j, round, m.n);
-  if (share.j >= m.n / 2 || column.p >= m.l) return;  // index n - 1 of an odd l is never rotated
+  if (share.j >= m.n / 2 || max(column.p, column.q) >= m.l) return;  // index n - 1 of an odd l is never rotated
   const Rotation own = rotations_of(m, round)[share.j];
 #pragma unroll 2
   for (int row = 2 * share.first; row < m.l; row += 2 * share.stride) {
