@@ -136,7 +136,8 @@ class _Sketch(NamedTuple):
 def _search(batch: _Batch, wanted: Wanted) -> list[Part]:
     """The range finder, in groups of equal width, and the full Gram for what it cannot or should not do."""
     m, n = batch.a.shape[1:]
-    least, width = min(m, n), _first_width(wanted)
+    least = min(m, n)
+    width = _first_width(wanted, least)
     if least <= FULL_SIDE or width > FULL_SHARE * least or (wanted.energy or 0) > FULL_ENERGY:
         return _full(batch, wanted)
     parts: list[Part] = []
@@ -167,11 +168,13 @@ def _search(batch: _Batch, wanted: Wanted) -> list[Part]:
     return parts
 
 
-def _first_width(wanted: Wanted) -> int:
+def _first_width(wanted: Wanted, least: int) -> int:
     """Columns of the first sketch: what singular values 1, 1/2, 1/3, .. need for this energy, and some more."""
     if wanted.energy is None:
         return _round_up(1.15 * wanted.rank + OVERSAMPLE)
-    return _round_up(min(math.ceil(0.61 / max(1 - wanted.energy, 1e-9)), wanted.cap) + OVERSAMPLE - 1)
+    sums = np.cumsum(np.arange(1.0, least + 1) ** -2)
+    guess = int(np.searchsorted(sums, wanted.energy * sums[-1])) + 1
+    return _round_up(min(guess, wanted.cap) + OVERSAMPLE - 3)
 
 
 def _round_up(width: float, multiple: int = 8) -> int:
