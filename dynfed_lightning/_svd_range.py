@@ -117,7 +117,7 @@ class _Batch(NamedTuple):
 
 
 class _Sketch(NamedTuple):
-    """A step's result: orthonormal Q on one side of A, ``W = A Q`` on the other, and the spectrum of ``W.T W``."""
+    """A step's result: orthonormal Q on one side of A, ``W = A Q`` on the other, in float64, and the spectrum of ``W.T W``."""
 
     q: Tensor
     w: Tensor
@@ -159,7 +159,7 @@ def _search(batch: _Batch, wanted: Wanted) -> list[Part]:
             rest = [i for i, p in enumerate(plan) if p.width == width]
             some, old = group.take(rest), sketch.take(rest)
             wider = width > old.w.shape[2]
-            z = torch.cat((old.w, _more_columns(some, wanted.seed, old, width)), dim=2) if wider else old.w
+            z = torch.cat((old.w, _more_columns(some, wanted.seed, old, width).double()), dim=2) if wider else old.w
             step = _step(some, z, not old.right)
             here = [places[i] for i in rest]
             work.append((here, some, step, 0, None) if wider else (here, some, step, passes + 1, values[rest]))
@@ -292,14 +292,13 @@ def _signs(seed: int, rows: int, begin: int, end: int, dtype: torch.dtype, devic
 
 def _step(batch: _Batch, z: Tensor, right: bool) -> _Sketch:
     """Orthonormalise the sketch, apply A, and find the spectrum of what comes out."""
-    q = _orthonormal(z)
-    w = (batch.a if right else batch.a.mT) @ batch.scaled(q)
-    w64 = w.double()
-    values, vectors = _OPS.symmetric_eigh(w64.mT @ w64)
+    q = _orthonormal(z, batch.a.dtype)
+    w = ((batch.a if right else batch.a.mT) @ batch.scaled(q)).double()
+    values, vectors = _OPS.symmetric_eigh(w.mT @ w)
     return _Sketch(q, w, values, vectors, right)
 
 
-def _orthonormal(z: Tensor) -> Tensor:
+def _orthonormal(z: Tensor, dtype: torch.dtype) -> Tensor:
     """An orthonormal basis [B, d, l] of the columns of z; as many zero columns as z lacks rank.
 
     SVQB in float64 is orthonormal to 1e-3 at the worst condition it lets through (1e-16 / `DROP`); one Newton-Schulz step
@@ -307,7 +306,7 @@ def _orthonormal(z: Tensor) -> Tensor:
     """
     x = z.double()
     w, v = _OPS.symmetric_eigh(x.mT @ x)
-    q = (x @ v.mul_(torch.where(w > DROP * w[:, :1], w, torch.inf).rsqrt_()[:, None, :])).to(z.dtype)
+    q = (x @ v.mul_(torch.where(w > DROP * w[:, :1], w, torch.inf).rsqrt_()[:, None, :])).to(dtype)
     return torch.baddbmm(q, q, q.mT @ q, beta=1.5, alpha=-0.5)
 
 
@@ -318,7 +317,7 @@ def _factors(batch: _Batch, sketch: _Sketch, ranks: list[int]) -> Part:
     """U, S and V of the accepted ranks (-1: none)."""
     k = max(max(ranks), 0)
     values, vectors = sketch.values[:, :k], sketch.vectors[:, :, :k]
-    one, s = _divided(sketch.w.double(), values, vectors, ranks)
+    one, s = _divided(sketch.w, values, vectors, ranks)
     other = sketch.q @ vectors.to(sketch.q.dtype)
     u, v = (one, other) if sketch.right else (other, one)
     return _part(batch, u, s, v, ranks)
