@@ -537,3 +537,20 @@ def test_from_yaml(tiny: Any) -> None:
         built = p.instantiate(namespace)
         assert isinstance(built.algorithm, FedKD) and isinstance(built.algorithm.teachers.given, nn.Module)
         assert built.algorithm.energy(1, 2) == 0.99
+
+
+def test_the_default_schedule_survives_a_configuration_file() -> None:
+    from dynfed_lightning import config
+
+    model = {"class_path": "MLP", "init_args": {"in_features": 64, "hidden": [8]}}
+    given = {
+        "trainer": {"max_epochs": 2},
+        "module": {"class_path": "ClientModule", "init_args": {"model": model}},
+        "algorithm": {"class_path": "FedKD", "init_args": {"teacher": model, "uplink": {"class_path": "LowRank"}}},
+        "data": {"dataset": "digits", "partitioner": {"class_path": "IID", "init_args": {"num_clients": 2}}},
+    }
+    text = config.dump(config.check(given))
+    assert "Unable" not in text
+    parser, namespace = config.parse(config.check(given))
+    algorithm = config.instantiate(parser, namespace).algorithm
+    assert algorithm.downlink.stages[0].energy(0, 2) == 0.95 and algorithm.uplink.stages[0].energy(1, 2) == 0.98

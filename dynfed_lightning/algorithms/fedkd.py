@@ -57,7 +57,7 @@ class FedKD(FedAvg):
             function of the client id (clients may have different architectures). A network trains with the student's
             recipe: its optimiser's class, learning rate and defaults; a LightningModule with its own.
         energy: T of eq. 9, the share of a matrix's squared norm that its factors keep, in (0, 1], or a schedule over rounds;
-            default ``Linear(0.95, 0.98)``.
+            None, the paper's ``Linear(0.95, 0.98)``.
         uplink: codec of the student's update; default ``Codec(LowRank(energy))``.
         downlink: of the mean update, factorised again; default the same.
         bits: also quantise the factors, both ways, to 1 to 8 bits.
@@ -88,7 +88,7 @@ class FedKD(FedAvg):
     def __init__(
         self,
         teacher: nn.Module | Mapping[int, nn.Module] | Callable[[int], nn.Module],
-        energy: float | Schedule = FEDKD,
+        energy: float | Schedule | None = None,
         *,
         uplink: CodecLike = None,
         downlink: CodecLike = None,
@@ -111,6 +111,7 @@ class FedKD(FedAvg):
             uplink is not None and downlink is not None and bits is not None
         ):
             raise ValueError("Expected `bits` and `error_feedback`, or codecs of your own, but got both.")
+        energy = FEDKD if energy is None else energy
         chain: list[Stage] = [LowRank(energy)] if svd else []
         chain += [] if bits is None else [Quantize(bits)]
         up = Codec(ErrorFeedback(*chain)) if error_feedback else Codec(*chain)

@@ -38,7 +38,7 @@ class LowRank(Stage):
     takes a fixed rank from one power iteration, here ``LowRank(1.0, max_rank=r)`` within `ErrorFeedback`.
 
     Args:
-        energy: share of each matrix's squared Frobenius norm to keep, above 0 and at most 1, or a `Schedule` of it; default
+        energy: share of each matrix's squared Frobenius norm to keep, above 0 and at most 1, or a `Schedule` of it; None,
             FedKD's, from 0.95 in the first to 0.98 in the last of a known number of rounds.
         max_rank: send at most so many triples, even where they do not hold `energy`; None: no such limit.
         min_size: tensors with fewer elements stay whole.
@@ -55,7 +55,9 @@ class LowRank(Stage):
         ({'w': 1, 'b': None}, 0.95)
     """
 
-    def __init__(self, energy: float | Schedule = FEDKD, max_rank: int | None = None, min_size: int = 1) -> None:
+    def __init__(self, energy: float | Schedule | None = None, max_rank: int | None = None, min_size: int = 1) -> None:
+        # None and not the schedule itself as the default: a configuration file can say null.
+        energy = FEDKD if energy is None else energy
         known = (Constant, Cosine, Exponential, Linear)  # the ends of these can be had without knowing T
         ends = (energy(0, 2), energy(1, 2)) if isinstance(energy, known) else () if callable(energy) else (energy,)
         for value in ends:
