@@ -6,6 +6,7 @@ import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -60,6 +61,37 @@ def test_the_method_in_one_file_runs() -> None:
     federation = Federation(client_module(), names["MyMethod"](), local="loop")
     run(federation, data_module(3), rounds=1)
     assert federation.last_round is not None and federation.last_round.metrics["largest"] == 80
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fedkd_and_its_callback_run() -> None:
+    pytest.importorskip("sklearn")
+    import lightning as L
+
+    from dynfed_lightning import IID, FederatedDataModule
+
+    names: dict[str, Any] = {}
+    for start in ("dfl.FedKD(teacher", "dfl.MutualDistillation("):
+        exec(compile(next(b for b in BLOCKS if start in b), "README.md", "exec"), names)
+    federation, trainer, teacher = names["federation"], names["trainer"], names["teacher"]
+    data = FederatedDataModule("digits", IID(3), batch_size=8)
+    outer = L.Trainer(max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    outer.fit(federation, datamodule=data)
+    shown = outer.callback_metrics
+    assert shown["accuracy"] > 0.5 and shown["global_accuracy"] > 0.2 and shown["rank"] >= 1 and shown["energy"] == 0.98
+    before = [p.clone() for p in teacher.parameters()]
+    trainer.fit(names["student"], data.client(0).train_loader(0))
+    assert any((p != q).any() for p, q in zip(teacher.parameters(), before, strict=True))
+    update = {"w": next(iter(teacher.parameters())).detach()}
+    assert len(names["codec"].encode(update)) < update["w"].numel() * 4
+
+
+def test_gradient_compression_is_made() -> None:
+    from dynfed_lightning import GradientCompression
+
+    names: dict[str, Any] = {}
+    exec(compile(next(b for b in BLOCKS if "GradientCompression(" in b), "README.md", "exec"), names)
+    assert isinstance(names["callbacks"][0], GradientCompression)
 
 
 def test_tables_are_those_of_the_committed_results() -> None:
