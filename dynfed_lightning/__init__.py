@@ -46,7 +46,7 @@ _HOMES = {
     "resources": ["DrawnResources", "GivenResources", "Resources", "TableResources", "UniformResources"],
     "schedules": ["Constant", "Cosine", "Exponential", "Linear"],
     "schema": ["Schema"],
-    "stages": ["Cast", "ErrorFeedback", "LowRank", "Quantize", "Rotate", "TopK"],
+    "stages": ["Cast", "ErrorFeedback", "LowRank", "Quantize", "Rotate", "SkipZeros", "TopK"],
     "text": ["WordTokenizer", "encode_batch", "load_tokenizer"],
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -91,7 +91,7 @@ if TYPE_CHECKING:
     from dynfed_lightning.resources import DrawnResources, GivenResources, Resources, TableResources, UniformResources
     from dynfed_lightning.schedules import Constant, Cosine, Exponential, Linear
     from dynfed_lightning.schema import Schema
-    from dynfed_lightning.stages import Cast, ErrorFeedback, LowRank, Quantize, Rotate, TopK
+    from dynfed_lightning.stages import Cast, ErrorFeedback, LowRank, Quantize, Rotate, SkipZeros, TopK
     from dynfed_lightning.text import WordTokenizer, encode_batch, load_tokenizer
 
 

@@ -23,6 +23,8 @@ _SHORT = (
     "dynfed_lightning.teachers",
     "dynfed_lightning.distill",
     "dynfed_lightning.callbacks",
+    "dynfed_lightning.mutual",
+    "dynfed_lightning.comm_hooks",
     "dynfed_lightning.recorder",
     "lightning.pytorch.callbacks",
     "lightning.pytorch.loggers",

@@ -26,9 +26,10 @@ from dynfed_lightning import (
     Quantize,
     TrainerLocal,
 )
-from dynfed_lightning.algorithms.fedproto import PrototypeTerm, SkipZeros
+from dynfed_lightning.algorithms.fedproto import PrototypeTerm
 from dynfed_lightning.errors import PayloadError, RoundFailure
 from dynfed_lightning.schema import Schema
+from dynfed_lightning.stages import SkipZeros
 
 SIZE = 5
 

@@ -21,7 +21,7 @@ LAYERS = [
     {"ops"},
     {"stages", "bits", "losses", "schema"},
     {"codec", "wire"},
-    {"callbacks", "local", "comm_hooks", "data", "models", "module"},
+    {"callbacks", "mutual", "local", "comm_hooks", "data", "models", "encoder", "module"},
     {"algorithm"},
     {"algorithms", "teachers", "distill", "teaching"},
     {"client", "transport", "federation", "flower"},

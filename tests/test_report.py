@@ -242,7 +242,8 @@ def test_summary_of_factors(tmp_path: Path) -> None:
     assert "rank" not in summarise(run)
     assert "rank         3.5 on average, energy 0.95 to 0.98" in summarise(with_factors(run, [0.95, 0.98], [3.0, 4.0]))
     assert (
-        "rank         3.0 on average, energy 0.95" in summarise(with_factors(run, [0.95, 0.95], [3.0, 3.0])).splitlines()
+        "rank         3.0 on average, energy 0.95"
+        in summarise(with_factors(run, [0.95, 0.95], [3.0, 3.0])).splitlines()
     )
     assert "rank         whole, energy 1" in summarise(with_factors(run, [1.0, 1.0], [math.nan, math.nan]))
 

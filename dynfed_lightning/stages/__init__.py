@@ -13,6 +13,7 @@ from dynfed_lightning.stages.error_feedback import ErrorFeedback
 from dynfed_lightning.stages.low_rank import LowRank
 from dynfed_lightning.stages.quantize import Quantize
 from dynfed_lightning.stages.rotate import Rotate
+from dynfed_lightning.stages.skip_zeros import SkipZeros
 from dynfed_lightning.stages.topk import TopK
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Part",
     "Quantize",
     "Rotate",
+    "SkipZeros",
     "Stage",
     "Table",
     "TopK",
@@ -51,5 +53,5 @@ def from_wire_name(name: str) -> Stage | None:
             return Cast(_CASTS[argument])
     except ValueError as error:
         raise MalformedPayloadError(str(error)) from None
-    plain = {"topk": TopK(fraction=1.0), "lowrank": LowRank(1.0)}
+    plain = {"topk": TopK(fraction=1.0), "lowrank": LowRank(1.0), "skipzeros": SkipZeros()}
     return plain.get(name)
