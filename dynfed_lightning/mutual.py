@@ -110,8 +110,8 @@ class MutualDistillation(ExtraLoss):
         self.role = role
         self.peer_optimizer = peer_optimizer
         self.adaptive = adaptive
-        self.weight = _pair("weight", weight)
-        self.task_weight = _pair("task_weight", task_weight)
+        self.weight = check_pair("weight", weight)
+        self.task_weight = check_pair("task_weight", task_weight)
         self.floor = floor
         self.logits = tuple(logits)
         self.features = [(str(s), str(t)) for s, t in features]
@@ -390,7 +390,12 @@ class MutualDistillation(ExtraLoss):
         self._loaded = dict(state_dict)
 
 
-def _pair(name: str, value: Any) -> tuple[float, float]:
+def check_pair(name: str, value: Any) -> tuple[float, float]:
+    """A number for both sides, or a pair (student's, teacher's), as a pair.
+
+    Raises:
+        ValueError: neither, or a negative number.
+    """
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2 or not all(isinstance(v, (int, float)) and not isinstance(v, bool) and v >= 0 for v in pair):
         raise ValueError(f"Expected `{name}` to be a number >= 0 or a pair (student's, teacher's), but got {value!r}.")

@@ -554,3 +554,19 @@ def test_the_default_schedule_survives_a_configuration_file() -> None:
     parser, namespace = config.parse(config.check(given))
     algorithm = config.instantiate(parser, namespace).algorithm
     assert algorithm.downlink.stages[0].energy(0, 2) == 0.95 and algorithm.uplink.stages[0].energy(1, 2) == 0.98
+
+
+def test_a_teacher_that_learns_nothing_from_its_student_is_trained_as_if_alone() -> None:
+    settings = {"distil": False}, {"weight": (1.0, 0.0)}, {"weight": 1.0}
+    alone, one_way, both = (trained(FedKD(teacher(), **kw)) for kw in settings)
+    for k in range(2):
+        first, second, third = (own(f, k) for f in (alone, one_way, both))
+        assert all(torch.equal(first[n], second[n]) for n in first)
+        assert any(not torch.equal(first[n], third[n]) for n in first)
+    weights = [f.server.weights() for f in (alone, one_way)]
+    assert any(not torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
+
+
+def test_weight_is_checked_at_once() -> None:
+    with pytest.raises(ValueError, match="Expected `weight` to be a number >= 0 or a pair"):
+        FedKD(teacher(), weight=-1.0)

@@ -38,7 +38,7 @@ from dynfed_lightning.algorithms.fedavg import FedAvg
 from dynfed_lightning.codec import Codec
 from dynfed_lightning.hidden import HiddenLoss
 from dynfed_lightning.local import LocalExecutor
-from dynfed_lightning.mutual import MutualDistillation
+from dynfed_lightning.mutual import MutualDistillation, check_pair
 from dynfed_lightning.schedules import Schedule
 from dynfed_lightning.seeds import derive_seed
 from dynfed_lightning.stages import ErrorFeedback, LowRank, Quantize, Stage
@@ -68,6 +68,8 @@ class FedKD(FedAvg):
         hidden: the hidden loss L_h: ``"auto"``, where both models return hidden states; True, insist; False, without.
         attentions: attention maps in L_h, likewise.
         adaptive: False: distillation is not divided by D.
+        weight: what multiplies the distillation, or a pair (student's, teacher's). The paper's is 1; a teacher far better than
+            the student learns more from the labels alone, with less than that on its side.
         svd: False: updates travel as they are (or quantised, with `bits`).
         layer_map: see `MutualDistillation`, as the next two.
         features: pairs (student's layer, teacher's layer) by name, for models that return only logits.
@@ -99,6 +101,7 @@ class FedKD(FedAvg):
         hidden: bool | str = "auto",
         attentions: bool | str = "auto",
         adaptive: bool = True,
+        weight: float | tuple[float, float] = 1.0,
         svd: bool = True,
         layer_map: int | Sequence[tuple[int, int]] | None = None,
         features: Sequence[tuple[str, str]] = (),
@@ -130,7 +133,7 @@ class FedKD(FedAvg):
             "features": features,
             "projection": projection,
             "adaptive": adaptive,
-            "weight": 1.0 if distil else 0.0,
+            "weight": check_pair("weight", weight) if distil else 0.0,
             "floor": floor,
         }
         # Says now what is wrong with these; whether they fit the models is seen in `setup`.
