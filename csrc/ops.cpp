@@ -11,6 +11,8 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cmath>
+#include <memory>
 #include <vector>
 
 #ifdef __linux__
@@ -448,14 +450,23 @@ void rotate(const Tensor& x, const Tensor& table, int64_t block, int64_t seed, b
 // Doubles aligned as a vector of any instruction set.
 class Workspace {
  public:
-  explicit Workspace(int64_t size) : memory_(size + 8) {}
-  double* data() {
-    return reinterpret_cast<double*>((reinterpret_cast<uintptr_t>(memory_.data()) + 63) & ~uintptr_t(63));
-  }
+  explicit Workspace(int64_t size) : memory_(new double[size + 8]) {}
+  double* data() { return reinterpret_cast<double*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) & ~uintptr_t(63)); }
 
  private:
-  std::vector<double> memory_;
+  std::unique_ptr<double[]> memory_;
 };
+
+// All matrices, shared out.
+void eigh_all(const Kernels& k, const dynfed::EighArgs& args, int64_t count) {
+  // Few or large matrices are computed one by one, and so are shared one by one.
+  const int64_t n = args.n, unit = count < 4 || n > dynfed::kEighLanes ? 1 : k.lanes;
+  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / (unit * n * n * 4));
+  torch::stable::parallel_for(0, ceil_div(count, unit), grain, [&](int64_t begin, int64_t end) {
+    Workspace work(dynfed::eigh_work(n, unit));
+    k.symmetric_eigh(args, work.data(), begin * unit, std::min(end * unit, count));
+  });
+}
 
 void symmetric_eigh(const Tensor& a, const Tensor& w, const Tensor& v, int64_t isa) {
   STD_TORCH_CHECK(a.dim() == 3 && a.size(1) == a.size(2), "Expected `a` to be a batch of square matrices.");
@@ -464,15 +475,97 @@ void symmetric_eigh(const Tensor& a, const Tensor& w, const Tensor& v, int64_t i
   check_buffer("a", a, ScalarType::Double);
   check_buffer("w", w, ScalarType::Double, count * n);
   check_buffer("v", v, ScalarType::Double, count * n * n);
+  eigh_all(kernels(isa), {static_cast<const double*>(a.const_data_ptr()), static_cast<double*>(w.mutable_data_ptr()),
+                          static_cast<double*>(v.mutable_data_ptr()), n}, count);
+}
+
+// A batch of matrices of few long rows, [count, rows, columns].
+struct LongRows {
+  explicit LongRows(const Tensor& x) {
+    STD_TORCH_CHECK(x.dim() == 3, "Expected `x` to be a batch of matrices.");
+    const bool doubles = x.scalar_type() == ScalarType::Double;
+    check_buffer("x", x, doubles ? ScalarType::Double : ScalarType::Float);
+    count = x.size(0), rows = x.size(1), columns = x.size(2);
+    STD_TORCH_CHECK(rows >= 1 && rows <= dynfed::kEighMost, "Expected matrices of 1 to ", dynfed::kEighMost,
+                    " rows, but got ", rows, ".");
+    data = static_cast<const char*>(x.const_data_ptr());
+    type = doubles ? dynfed::Real::kFloat64 : dynfed::Real::kFloat32;
+    bytes = rows * columns * (doubles ? 8 : 4);
+  }
+
+  // f(i, work) for every matrix, shared out; each costs about rows^2 columns.
+  template <class F>
+  void run(const F& f) const {
+    const int64_t grain = std::max<int64_t>(1, kElementsPerThread * 8 / std::max<int64_t>(1, rows * rows * columns));
+    torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+      Workspace work(dynfed::kRowsWork);
+      for (int64_t i = begin; i < end; ++i) f(i, work.data());
+    });
+  }
+
+  const char* data;
+  dynfed::Real type;
+  int64_t count, rows, columns, bytes;
+};
+
+// The eigenvalues and eigenvectors of x x', which is in float64.
+void row_spectrum(const Tensor& x, const Tensor& w, const Tensor& v, int64_t isa) {
+  const LongRows all(x);
+  const int64_t n = all.rows, size = n * n;
+  check_buffer("w", w, ScalarType::Double, all.count * n);
+  check_buffer("v", v, ScalarType::Double, all.count * size);
   const Kernels& k = kernels(isa);
-  const dynfed::EighArgs args{static_cast<const double*>(a.const_data_ptr()), static_cast<double*>(w.mutable_data_ptr()),
-                              static_cast<double*>(v.mutable_data_ptr()), n};
-  // Few or large matrices are computed one by one, and so are shared one by one.
-  const int64_t unit = count < 4 || n > dynfed::kEighLanes ? 1 : k.lanes;
-  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / (unit * n * n * 4));
-  torch::stable::parallel_for(0, ceil_div(count, unit), grain, [&](int64_t begin, int64_t end) {
-    Workspace work(dynfed::eigh_work(n, k.lanes));
-    k.symmetric_eigh(args, work.data(), begin * unit, std::min(end * unit, count));
+  Workspace grams(all.count * size);
+  all.run([&](int64_t i, double* work) {
+    k.gram(all.data + i * all.bytes, all.type, n, all.columns, grams.data() + i * size, work);
+  });
+  eigh_all(k, {grams.data(), static_cast<double*>(w.mutable_data_ptr()), static_cast<double*>(v.mutable_data_ptr()), n}, all.count);
+}
+
+// _reference.orthonormal_rows.
+void orthonormal_rows(const Tensor& x, const Tensor& q, double drop, double loose, int64_t isa) {
+  const LongRows all(x);
+  const int64_t n = all.rows, size = n * n;
+  check_buffer("q", q, x.scalar_type(), all.count * n * all.columns);
+  auto* const out = static_cast<char*>(q.mutable_data_ptr());
+  const Kernels& k = kernels(isa);
+  Workspace memory(all.count * (2 * size + n));
+  double *const grams = memory.data(), *const vectors = grams + all.count * size, *const values = vectors + all.count * size;
+  all.run([&](int64_t i, double* work) { k.gram(all.data + i * all.bytes, all.type, n, all.columns, grams + i * size, work); });
+  eigh_all(k, {grams, values, vectors, n}, all.count);
+  all.run([&](int64_t i, double* work) {
+    double* const factors = grams + i * size;
+    const double *w = values + i * n, *v = vectors + i * size;
+    double least = w[0];
+    for (int64_t r = 0; r < n; ++r) {
+      const bool kept = w[r] > drop * w[0];
+      const double scale = kept ? 1.0 / std::sqrt(w[r]) : 0.0;
+      if (kept) least = w[r];
+      for (int64_t c = 0; c < n; ++c) factors[r * n + c] = v[c * n + r] * scale;
+    }
+    char* const to = out + i * all.bytes;
+    k.combine(factors, n, all.data + i * all.bytes, all.type, n, all.columns, to, work);
+    if (least >= loose * w[0]) return;
+    k.gram(to, all.type, n, all.columns, factors, work);
+    for (int64_t j = 0; j < size; ++j) factors[j] = (j % (n + 1) == 0 ? 1.5 : 0.0) - 0.5 * factors[j];
+    k.combine(factors, n, to, all.type, n, all.columns, to, work);
+  });
+}
+
+// t x, with t in float64.
+void combine_rows(const Tensor& t, const Tensor& x, const Tensor& out, int64_t isa) {
+  const LongRows all(x);
+  STD_TORCH_CHECK(t.dim() == 3 && t.size(0) == all.count && t.size(1) >= 1 && t.size(2) == all.rows,
+                  "Expected `t` to be a batch of matrices of ", all.rows, " columns.");
+  const int64_t wanted = t.size(1);
+  check_buffer("t", t, ScalarType::Double);
+  check_buffer("out", out, x.scalar_type(), all.count * wanted * all.columns);
+  const auto* const factors = static_cast<const double*>(t.const_data_ptr());
+  auto* const to = static_cast<char*>(out.mutable_data_ptr());
+  const Kernels& k = kernels(isa);
+  all.run([&](int64_t i, double* work) {
+    k.combine(factors + i * wanted * all.rows, wanted, all.data + i * all.bytes, all.type, all.rows, all.columns,
+              to + i * (all.bytes / all.rows) * wanted, work);
   });
 }
 
@@ -524,6 +617,9 @@ STABLE_TORCH_LIBRARY(dynfed_lightning_cpu, m) {
   m.def("rotate(Tensor(a!) x, Tensor table, int block, int seed, bool inverse, int isa) -> ()");
   m.def("symmetric_eigh(Tensor a, Tensor(a!) w, Tensor(b!) v, int isa) -> ()");
   m.def("squared_norm(Tensor a, Tensor(a!) out, int isa) -> ()");
+  m.def("row_spectrum(Tensor x, Tensor(a!) w, Tensor(b!) v, int isa) -> ()");
+  m.def("orthonormal_rows(Tensor x, Tensor(a!) q, float drop, float loose, int isa) -> ()");
+  m.def("combine_rows(Tensor t, Tensor x, Tensor(a!) out, int isa) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dynfed_lightning_cpu, CompositeExplicitAutograd, m) { m.impl("best_isa", TORCH_BOX(&best_isa)); }
@@ -541,4 +637,7 @@ STABLE_TORCH_LIBRARY_IMPL(dynfed_lightning_cpu, CPU, m) {
   m.impl("rotate", TORCH_BOX(&rotate));
   m.impl("symmetric_eigh", TORCH_BOX(&symmetric_eigh));
   m.impl("squared_norm", TORCH_BOX(&squared_norm));
+  m.impl("row_spectrum", TORCH_BOX(&row_spectrum));
+  m.impl("orthonormal_rows", TORCH_BOX(&orthonormal_rows));
+  m.impl("combine_rows", TORCH_BOX(&combine_rows));
 }

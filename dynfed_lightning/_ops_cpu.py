@@ -77,3 +77,18 @@ def symmetric_eigh(a: Tensor, w: Tensor, v: Tensor) -> None:
 
 def squared_norm(a: Tensor, out: Tensor) -> None:
     _C.squared_norm(a, out, instruction_set())
+
+
+# ---- of this backend alone, for `_svd_rows`: few long rows ----
+
+
+def row_spectrum(x: Tensor, w: Tensor, v: Tensor) -> None:
+    _C.row_spectrum(x, w, v, instruction_set())
+
+
+def orthonormal_rows(x: Tensor, q: Tensor, drop: float, loose: float) -> None:
+    _C.orthonormal_rows(x, q, drop, loose, instruction_set())
+
+
+def combine_rows(t: Tensor, x: Tensor, out: Tensor) -> None:
+    _C.combine_rows(t, x, out, instruction_set())

@@ -50,7 +50,8 @@ def truncated_svd(
         rank: how many triples to keep of every matrix, 1 to ``min(m, n)``. Exactly one of `energy` and `rank` is given.
         max_rank: a matrix that needs more values than this for its energy gets rank -1 and zero factors; default
             ``min(m, n)``. With `rank`, at least that.
-        seed: 0 to ``2**64 - 1``, of the range finder. A matrix's result depends on no other matrix of the batch.
+        seed: 0 to ``2**64 - 1``, of the range finder. The same call has the same result. A matrix's factors depend on the rest
+            of its batch only through the rounding of torch's batched products, which may differ from that of single ones.
 
     Returns:
         U, S, Vh and the ranks; ``k = max(rank)``, which is 0 for a batch of zero matrices, or for an empty batch.
@@ -96,7 +97,7 @@ def _assemble(a: Tensor, parts: list[_svd_range.Part]) -> TruncatedSVD:
         for part in parts:
             index, width = part.which.to(a.device), part.s.shape[1]
             u[index, :, :width], s[index, :width], vh[index, :width] = part.u, part.s, part.vh
-    if any(int(part.rank.min()) != k for part in parts) and k:
+    if k and bool((rank != k).any()):
         keep = torch.arange(k) < rank[:, None]
         keep = keep.to(a.device)
         u, s, vh = (t.masked_fill_(~mask, 0) for t, mask in ((u, keep[:, None]), (s, keep), (vh, keep[:, :, None])))
@@ -132,10 +133,10 @@ def _check(a: Tensor, energy: float | None, rank: int | None, max_rank: int | No
 
 def _check_values(x: Tensor, energies: Tensor) -> None:
     """Raise for the first matrix that is not finite, or has no factors in float32."""
-    bad = (~(energies <= FLOAT32_MAX**2)).nonzero().flatten().tolist()
-    if not bad:
+    bad = ~(energies.numpy() <= FLOAT32_MAX**2)
+    if not bad.any():
         return
-    first = bad[0]
+    first = int(bad.argmax())
     if bool(torch.isfinite(x[first]).all()):
         norm = math.sqrt(float(energies[first]))
         raise ValueError(f"Expected `a` to have norms within float32, but that of matrix {first} is {norm:.3g}.")

@@ -1,12 +1,13 @@
 """The algorithm of `ops.truncated_svd`: a randomised range finder with a certified energy, and the full Gram where it pays.
 
-A step of the range finder holds a sketch Z, whose columns span nearly the leading singular subspace of one side:
+A step of the range finder holds a sketch Z, whose rows span nearly the leading singular subspace of one side (rows, as products
+with few rows on the left are quicker than with few columns on the right):
 
 1. ``Q = orthonormal(Z)``, from the float64 Gram of Z (SVQB: Stathopoulos and Wu, SIAM J. Sci. Comput. 2002);
-2. ``W = A Q`` (or ``A.T Q``), and the eigenvalues w of the float64 Gram ``W.T W``: as ``||A - A Q Q.T||**2 = ||A||**2 - sum(w)``
+2. ``W = Q A.T`` (or ``Q A``), and the eigenvalues w of the float64 Gram ``W W.T``: as ``||A - A Q.T Q||**2 = ||A||**2 - sum(w)``
    exactly, the first k of them are an energy that U, S and V really hold (Rayleigh-Ritz);
 3. the host reads w, once for all matrices, and decides for each: accept; iterate, with W for the next Z, which costs one more
-   pass over A; widen, with W and new random columns; or give up and take the full Gram.
+   pass over A; widen, with W and new random rows; or give up and take the full Gram.
 
 Products with A are in the input's precision. All that squares a condition number is in float64 and small.
 """
@@ -23,13 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._ops_register import OPERATORS as _OPS
+from ._svd_rows import combine_rows, orthonormal_rows, row_spectrum
 
 FULL_SIDE = 48  # up to this smaller side the full Gram is the quickest
 FULL_SHARE = 0.5  # a sketch of more columns than this share of the smaller side costs more than the full Gram
 FULL_ENERGY = 1 - 1e-5  # beyond this float32 products are too coarse to tell what is left
 OVERSAMPLE = 16
-DROP = 1e-13  # of a Gram's largest eigenvalue: directions below are rounding
 EPS32 = 2.0**-23
 STEEP = 1e4  # a ratio of singular values from which dividing by them no longer gives orthonormal vectors
 MOST_PASSES = 6
@@ -58,15 +58,11 @@ class Part(NamedTuple):
 
 def decompose(a: Tensor, energies: Tensor, wanted: Wanted) -> list[Part]:
     """All matrices of ``a`` [B, m, n], float32 or float64, finite, whose squared norms are `energies`; any order."""
-    zero = energies == 0
-    parts: list[Part] = []
-    if bool(zero.any()):
-        index = zero.nonzero().flatten()
-        parts.append(_no_part(a, index))
-    if not bool(zero.all()):
-        index = (~zero).nonzero().flatten()
+    zero = energies.numpy() == 0
+    parts = [_no_part(a, torch.from_numpy(zero.nonzero()[0]))] if zero.any() else []
+    if not zero.all():
         with _full_precision():
-            parts += _search(_Batch.select(a, energies, index), wanted)
+            parts += _search(_Batch.select(a, energies, torch.from_numpy((~zero).nonzero()[0])), wanted)
     return parts
 
 
@@ -89,9 +85,8 @@ class _Batch(NamedTuple):
     @staticmethod
     def select(a: Tensor, energies: Tensor, index: Tensor) -> _Batch:
         """The matrices `index`; a copy of them unless they are all."""
-        energies = energies[index]
         if len(index) < a.shape[0]:
-            a = a[index.to(a.device)]
+            energies, a = energies[index], a[index.to(a.device)]
         # Squares of norms beyond these leave float32. A power of two changes no mantissa; it stays a normal number.
         half = np.round(np.log2(energies.numpy()) / 2)
         half = np.where(np.abs(half) > 30, half, 0.0).clip(-100, 100)
@@ -117,9 +112,9 @@ class _Batch(NamedTuple):
 
 
 class _Sketch(NamedTuple):
-    """A step's result: orthonormal Q on one side of A, ``W = A Q`` on the other, in float64, and the spectrum of ``W.T W``."""
+    """A step's result: orthonormal rows Q on one side of A, ``W = Q A.T`` on the other, and the spectrum of ``W W.T``."""
 
-    q: Tensor
+    q: Tensor  # [B, l, ..]
     w: Tensor
     values: Tensor  # float64 [B, l], descending
     vectors: Tensor
@@ -142,7 +137,7 @@ def _search(batch: _Batch, wanted: Wanted) -> list[Part]:
         return _full(batch, wanted)
     parts: list[Part] = []
     full: list[int] = []
-    # What is still to do: places in `batch`, those matrices, their sketch, how many times more than once all its columns have
+    # What is still to do: places in `batch`, those matrices, their sketch, how many times more than once all its rows have
     # seen A, and its values before the last time.
     every = list(range(len(batch.which)))
     start = _step(batch, _first_sketch(batch, wanted.seed, width), m >= n)
@@ -158,8 +153,8 @@ def _search(batch: _Batch, wanted: Wanted) -> list[Part]:
         for width in sorted({p.width for p in plan if p.width > 0}):
             rest = [i for i, p in enumerate(plan) if p.width == width]
             some, old = group.take(rest), sketch.take(rest)
-            wider = width > old.w.shape[2]
-            z = torch.cat((old.w, _more_columns(some, wanted.seed, old, width).double()), dim=2) if wider else old.w
+            wider = width > old.w.shape[1]
+            z = torch.cat((old.w, _more_rows(some, wanted.seed, old, width)), dim=1) if wider else old.w
             step = _step(some, z, not old.right)
             here = [places[i] for i in rest]
             work.append((here, some, step, 0, None) if wider else (here, some, step, passes + 1, values[rest]))
@@ -168,13 +163,14 @@ def _search(batch: _Batch, wanted: Wanted) -> list[Part]:
     return parts
 
 
+@lru_cache(maxsize=64)
 def _first_width(wanted: Wanted, least: int) -> int:
-    """Columns of the first sketch: what singular values 1, 1/2, 1/3, .. need for this energy, and some more."""
+    """Rows of the first sketch: what singular values 1, 1/2, 1/3, .. need for this energy, and some more."""
     if wanted.energy is None:
         return _round_up(1.15 * wanted.rank + OVERSAMPLE)
     sums = np.cumsum(np.arange(1.0, least + 1) ** -2)
     guess = int(np.searchsorted(sums, wanted.energy * sums[-1])) + 1
-    return _round_up(min(guess, wanted.cap) + OVERSAMPLE - 3)
+    return _round_up(min(guess, wanted.cap) + OVERSAMPLE - 4)
 
 
 def _round_up(width: float, multiple: int = 8) -> int:
@@ -267,47 +263,36 @@ def _predict(w: np.ndarray, energy: float, share: float, least: int) -> int:
 
 
 def _first_sketch(batch: _Batch, seed: int, width: int) -> Tensor:
-    """``A.T A`` times random signs for a tall A, ``A A.T`` for a wide one: [B, min(m, n), width]."""
+    """Random signs times ``A.T A`` for a tall A, ``A A.T`` for a wide one: [B, width, min(m, n)]."""
     a = batch.a if batch.a.shape[1] >= batch.a.shape[2] else batch.a.mT
-    omega = batch.scaled(_signs(seed, a.shape[2], 0, width, a.dtype, a.device))
-    return a.mT @ batch.scaled(a @ omega)
+    return batch.scaled(_random_rows(batch, a, seed, 0, width)) @ a
 
 
-def _more_columns(batch: _Batch, seed: int, old: _Sketch, width: int) -> Tensor:
-    """A, or its transpose, times new random signs: columns to put beside ``old.w``."""
-    a = batch.a if old.right else batch.a.mT
-    now = old.w.shape[2]
-    return a @ batch.scaled(_signs(seed, a.shape[2], now, width, a.dtype, a.device))
+def _more_rows(batch: _Batch, seed: int, old: _Sketch, width: int) -> Tensor:
+    """New random signs times A, or its transpose: rows to put below ``old.w``."""
+    return _random_rows(batch, batch.a if old.right else batch.a.mT, seed, old.w.shape[1], width)
+
+
+def _random_rows(batch: _Batch, a: Tensor, seed: int, begin: int, end: int) -> Tensor:
+    """Random signs, the same for all matrices, times the transpose of `a`."""
+    signs = _signs(seed, a.shape[2], begin, end, a.dtype, a.device)
+    return torch.bmm(batch.scaled(signs.expand(a.shape[0], -1, -1)), a.mT)
 
 
 @lru_cache(maxsize=16)
-def _signs(seed: int, rows: int, begin: int, end: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Columns `begin` to `end` of a matrix of random signs [rows, ..]: bits of Philox4x64-10 with the seed for its key."""
-    words = -(-rows // 64)
+def _signs(seed: int, columns: int, begin: int, end: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Rows `begin` to `end` of a matrix of random signs [.., columns]: bits of Philox4x64-10 with the seed for its key."""
+    words = -(-columns // 64)
     raw = np.random.Philox(key=seed).random_raw(words * end)[words * begin :].astype("<u8")
-    bits = np.unpackbits(raw.view(np.uint8).reshape(end - begin, -1), axis=1, count=rows, bitorder="little")
-    signs = torch.from_numpy(bits).to(dtype).mul_(2).sub_(1)
-    return signs.mT.contiguous().to(device)
+    bits = np.unpackbits(raw.view(np.uint8).reshape(end - begin, -1), axis=1, count=columns, bitorder="little")
+    return torch.from_numpy(bits).to(dtype).mul_(2).sub_(1).to(device)
 
 
 def _step(batch: _Batch, z: Tensor, right: bool) -> _Sketch:
     """Orthonormalise the sketch, apply A, and find the spectrum of what comes out."""
-    q = _orthonormal(z, batch.a.dtype)
-    w = ((batch.a if right else batch.a.mT) @ batch.scaled(q)).double()
-    values, vectors = _OPS.symmetric_eigh(w.mT @ w)
-    return _Sketch(q, w, values, vectors, right)
-
-
-def _orthonormal(z: Tensor, dtype: torch.dtype) -> Tensor:
-    """An orthonormal basis [B, d, l] of the columns of z; as many zero columns as z lacks rank.
-
-    SVQB in float64 is orthonormal to 1e-3 at the worst condition it lets through (1e-16 / `DROP`); one Newton-Schulz step
-    squares that.
-    """
-    x = z.double()
-    w, v = _OPS.symmetric_eigh(x.mT @ x)
-    q = (x @ v.mul_(torch.where(w > DROP * w[:, :1], w, torch.inf).rsqrt_()[:, None, :])).to(dtype)
-    return torch.baddbmm(q, q, q.mT @ q, beta=1.5, alpha=-0.5)
+    q = orthonormal_rows(z)
+    w = batch.scaled(q) @ (batch.a.mT if right else batch.a)
+    return _Sketch(q, w, *row_spectrum(w), right)
 
 
 # ---- factors ----
@@ -316,38 +301,38 @@ def _orthonormal(z: Tensor, dtype: torch.dtype) -> Tensor:
 def _factors(batch: _Batch, sketch: _Sketch, ranks: list[int]) -> Part:
     """U, S and V of the accepted ranks (-1: none)."""
     k = max(max(ranks), 0)
-    values, vectors = sketch.values[:, :k], sketch.vectors[:, :, :k]
-    one, s = _divided(sketch.w, values, vectors, ranks)
-    other = sketch.q @ vectors.to(sketch.q.dtype)
-    u, v = (one, other) if sketch.right else (other, one)
-    return _part(batch, u, s, v, ranks)
+    vectors = sketch.vectors[:, :, :k].mT
+    one, s = _divided(sketch.w, sketch.values[:, :k], vectors, ranks)
+    other = combine_rows(vectors, sketch.q)
+    return _part(batch, *((one, s, other) if sketch.right else (other, s, one)), ranks)
 
 
 def _divided(w: Tensor, values: Tensor, vectors: Tensor, ranks: list[int]) -> tuple[Tensor, Tensor]:
-    """``W V / s`` and s, in float64: orthonormal, as V are eigenvectors of ``W.T W``; by a QR where s is too steep for that."""
+    """``V W / s`` for rows V of eigenvectors of ``W W.T``, so orthonormal, and s; by a QR where s is too steep for that."""
     s = values.clamp_min(0).sqrt()
-    u = w @ (vectors * torch.where(s > 0, 1 / s, 0)[:, None, :])
+    t = vectors * torch.where(s > 0, 1 / s, 0)[:, :, None]
+    u = combine_rows(t, w)
     if s.shape[1]:
-        last = s.cpu().gather(1, torch.tensor(ranks).clamp_min(1)[:, None] - 1)[:, 0]
-        steep = [i for i in (s.cpu()[:, 0] > STEEP * last).nonzero()[:, 0].tolist() if ranks[i] > 0]
-        for i in steep:
-            q, r = torch.linalg.qr(u[i, :, : ranks[i]])
-            size = r.diagonal()
-            u[i, :, : ranks[i]] = q * torch.where(size < 0, -1.0, 1.0)
-            s[i, : ranks[i]] *= size.abs()
+        sizes = s.cpu().numpy()
+        for i, k in enumerate(ranks):
+            if k > 0 and sizes[i, 0] > STEEP * sizes[i, k - 1]:
+                q, r = torch.linalg.qr((t[i, :k] @ w[i].double()).mT)
+                size = r.diagonal()
+                u[i, :k] = (q * torch.where(size < 0, -1.0, 1.0)).mT.to(u.dtype)
+                s[i, :k] *= size.abs()
     return u, s
 
 
 def _part(batch: _Batch, u: Tensor, s: Tensor, v: Tensor, ranks: list[int]) -> Part:
-    """Everything in float32, unscaled, and with the signs that make a result unique."""
+    """Factors from rows U and V: in float32, unscaled, and with the signs that make a result unique."""
     if batch.scale is not None:
         s = s / batch.scale[:, :, 0].double()
     u, v = u.float(), v.float()
     if s.shape[1]:
-        largest = u.abs().argmax(dim=1, keepdim=True)
-        sign = torch.where(u.gather(1, largest) < 0, -1.0, 1.0)
+        largest = u.abs().argmax(dim=2, keepdim=True)
+        sign = torch.where(u.gather(2, largest) < 0, -1.0, 1.0)
         u, v = u * sign, v * sign
-    return Part(batch.which, u, s.float(), v.mT.contiguous(), torch.tensor(ranks))
+    return Part(batch.which, u.mT.contiguous(), s.float(), v.contiguous(), torch.tensor(ranks))
 
 
 # ---- the full Gram ----
@@ -361,16 +346,16 @@ def _full(batch: _Batch, wanted: Wanted) -> list[Part]:
 
 
 def _full_chunk(batch: _Batch, wanted: Wanted) -> Part:
-    tall = batch.a.shape[1] >= batch.a.shape[2]
-    x = batch.scaled(batch.a.double() if tall else batch.a.double().mT)
-    values, vectors = _OPS.symmetric_eigh(x.mT @ x)
+    tall = batch.a.shape[1] > batch.a.shape[2]
+    x = batch.scaled(batch.a.mT if tall else batch.a).contiguous()
+    values, vectors = row_spectrum(x)
     w = _host(values)
     found = np.minimum(_ranks(w, batch, wanted), _nonzero(w))  # what all values lack of the energy is rounding
     ranks = [r if r <= wanted.cap else -1 for r in found.tolist()]
     k = max(max(ranks), 0)
-    one, s = _divided(x, values[:, :k], vectors[:, :, :k], ranks)
-    other = vectors[:, :, :k]
-    return _part(batch, one if tall else other, s, other if tall else one, ranks)
+    other = vectors[:, :, :k].mT
+    one, s = _divided(x, values[:, :k], other, ranks)
+    return _part(batch, *((one, s, other) if tall else (other, s, one)), ranks)
 
 
 # ---- float32 in full ----

@@ -1,4 +1,4 @@
-// Small dense matrices, over an instruction set's `Lanes`: eigenvectors of several at once, and norms. Included by each
+// Small dense matrices, over an instruction set's `Lanes`: eigenvectors of several at once, norms, and products of few long rows. Included by each
 // instruction set's file, after its Lanes.
 
 template <class Vector, class Single>
@@ -141,4 +141,120 @@ static double squared_norm(const void* x, Real dtype, int64_t begin, int64_t end
     case Real::kFloat16: return sum_of_squares(static_cast<const Float16*>(x) + begin, end - begin);
   }
   return 0.0;
+}
+
+// ---- few long rows: in float64, a piece of all rows at a time, zeros around it ----
+
+struct Piece {
+  int64_t rows, columns;  // of the piece with its zeros: multiples of 4 and of 16
+};
+
+static Piece piece_of(int64_t rows, int64_t columns) {
+  const int64_t height = (rows + 3) / 4 * 4, whole = (columns + 15) / 16 * 16, most = kRowsWork / height / 16 * 16;
+  return {height, whole < most ? whole : most};
+}
+
+// Columns `at` on.
+template <class T>
+static void widen(const T* x, int64_t rows, int64_t columns, int64_t at, Piece piece, double* out) {
+  const int64_t width = columns - at < piece.columns ? columns - at : piece.columns;
+  for (int64_t r = 0; r < piece.rows; ++r, out += piece.columns) {
+    const int64_t count = r < rows ? width : 0;
+    const T* from = x + (r < rows ? r : 0) * columns + at;
+    for (int64_t c = 0; c < count; ++c) out[c] = double(from[c]);
+    for (int64_t c = count; c < piece.columns; ++c) out[c] = 0.0;
+  }
+}
+
+// out = x x', every product and sum in float64.
+template <class L, class T>
+static void gram_of(const T* x, int64_t rows, int64_t columns, double* out, double* work) {
+  using V = typename L::V;
+  const Piece piece = piece_of(rows, columns);
+  for (int64_t i = 0; i < rows * rows; ++i) out[i] = 0.0;
+  for (int64_t at = 0; at < columns; at += piece.columns) {
+    widen(x, rows, columns, at, piece, work);
+    for (int64_t i = 0; i < rows; i += 4)
+      for (int64_t j = i; j < rows; j += 4) {
+        const double *a = work + i * piece.columns, *b = work + j * piece.columns;
+        V sums[4][4];
+#pragma GCC unroll 4
+        for (int p = 0; p < 4; ++p)
+#pragma GCC unroll 4
+          for (int q = 0; q < 4; ++q) sums[p][q] = L::set(0.0);
+        for (int64_t c = 0; c < piece.columns; c += L::kLanes) {
+          V right[4];
+#pragma GCC unroll 4
+          for (int q = 0; q < 4; ++q) right[q] = L::load(b + q * piece.columns + c);
+#pragma GCC unroll 4
+          for (int p = 0; p < 4; ++p) {
+            const V left = L::load(a + p * piece.columns + c);
+#pragma GCC unroll 4
+            for (int q = 0; q < 4; ++q) sums[p][q] = L::fma(left, right[q], sums[p][q]);
+          }
+        }
+        for (int p = 0; p < 4 && i + p < rows; ++p)
+          for (int q = 0; q < 4 && j + q < rows; ++q) {
+            double lanes[L::kLanes], sum = 0.0;
+            L::store(lanes, sums[p][q]);
+            for (int k = 0; k < L::kLanes; ++k) sum += lanes[k];
+            out[(i + p) * rows + j + q] += sum;
+          }
+      }
+  }
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < i; ++j) out[i * rows + j] = out[j * rows + i];
+}
+
+// out = t x, every product and sum in float64; `out` may be x.
+template <class L, class T>
+static void combination(const double* t, int64_t count, const T* x, int64_t rows, int64_t columns, T* out, double* work) {
+  using V = typename L::V;
+  constexpr int kStep = 2 * L::kLanes;
+  const Piece piece = piece_of(rows, columns);
+  for (int64_t at = 0; at < columns; at += piece.columns) {
+    widen(x, rows, columns, at, piece, work);
+    const int64_t width = columns - at < piece.columns ? columns - at : piece.columns;
+    for (int64_t i = 0; i < count; i += 4) {
+      const double* factors[4];  // of rows beyond the last: the last one's again
+      for (int p = 0; p < 4; ++p) factors[p] = t + (i + p < count ? i + p : count - 1) * rows;
+      for (int64_t c = 0; c < width; c += kStep) {
+        V sums[4][2];
+#pragma GCC unroll 4
+        for (int p = 0; p < 4; ++p) sums[p][0] = sums[p][1] = L::set(0.0);
+        const double* b = work + c;
+        for (int64_t j = 0; j < rows; ++j, b += piece.columns) {
+          const V first = L::load(b), second = L::load(b + L::kLanes);
+#pragma GCC unroll 4
+          for (int p = 0; p < 4; ++p) {
+            const V factor = L::set(factors[p][j]);
+            sums[p][0] = L::fma(factor, first, sums[p][0]);
+            sums[p][1] = L::fma(factor, second, sums[p][1]);
+          }
+        }
+        const int64_t here = width - c < kStep ? width - c : kStep;
+        for (int p = 0; p < 4 && i + p < count; ++p) {
+          double lanes[kStep];
+          L::store(lanes, sums[p][0]);
+          L::store(lanes + L::kLanes, sums[p][1]);
+          T* to = out + (i + p) * columns + at + c;
+          for (int64_t k = 0; k < here; ++k) to[k] = T(lanes[k]);
+        }
+      }
+    }
+  }
+}
+
+template <class L>
+static void gram(const void* x, Real type, int64_t rows, int64_t columns, double* out, double* work) {
+  if (type == Real::kFloat64) return gram_of<L>(static_cast<const double*>(x), rows, columns, out, work);
+  gram_of<L>(static_cast<const float*>(x), rows, columns, out, work);
+}
+
+template <class L>
+static void combine(const double* t, int64_t count, const void* x, Real type, int64_t rows, int64_t columns, void* out,
+                    double* work) {
+  if (type == Real::kFloat64)
+    return combination<L>(t, count, static_cast<const double*>(x), rows, columns, static_cast<double*>(out), work);
+  combination<L>(t, count, static_cast<const float*>(x), rows, columns, static_cast<float*>(out), work);
 }

@@ -76,6 +76,8 @@ enum class Real { kFloat32, kFloat64, kBFloat16, kFloat16 };
 constexpr int64_t kEighMost = 256;  // the largest matrix
 constexpr int64_t kEighLanes = 64;  // the largest that is computed together with others
 
+constexpr int64_t kRowsWork = 1 << 15;  // doubles of scratch for products of up to kEighMost rows: a piece of all rows
+
 struct EighArgs {
   const double* a;  // symmetric, [count, n, n]
   double* w;        // descending
@@ -94,6 +96,11 @@ struct Kernels {
   // Matrices begin to end; `work` has eigh_work(n, lanes) doubles, aligned to 64 bytes. Shared out in multiples of `lanes`.
   void (*symmetric_eigh)(const EighArgs& args, double* work, int64_t begin, int64_t end);
   double (*squared_norm)(const void* x, Real type, int64_t begin, int64_t end);  // of values begin to end
+  // Of a matrix x [rows, columns] of float32 or float64, rows up to kEighMost, in float64: x x' [rows, rows], and t x
+  // [count, columns] in the type of x, which may be x itself if count = rows. `work`: kRowsWork doubles, aligned to 64 bytes.
+  void (*gram)(const void* x, Real type, int64_t rows, int64_t columns, double* out, double* work);
+  void (*combine)(const double* t, int64_t count, const void* x, Real type, int64_t rows, int64_t columns, void* out,
+                  double* work);
   int64_t lanes;
 };
 

@@ -246,6 +246,7 @@ struct Table {
     symmetric_eigh<typename Isa::Lanes>(a, work, begin, end);
   }
   static constexpr Kernels make() {
-    return {&pack, &unpack, &quantize, &dequantize, &accumulate, &rotate, &eigh, &squared_norm, Isa::Lanes::kLanes};
+    return {&pack, &unpack, &quantize,     &dequantize, &accumulate,       &rotate,
+            &eigh, &squared_norm, &gram<typename Isa::Lanes>, &combine<typename Isa::Lanes>, Isa::Lanes::kLanes};
   }
 };
