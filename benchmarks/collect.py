@@ -165,7 +165,7 @@ def fill_readme(text: str) -> str:
             body = kernels_table(RESULTS / "kernels-cpu.csv")
         elif name == "rotation":
             body = rotation_table(RESULTS / "rotation.csv")
-        elif name.startswith(("sst2", "cifar10")):
+        elif name.startswith(("sst2", "cifar10", "digits-fedkd")):
             body = fedkd.table(RESULTS / f"{name}.csv")
         elif name == "svd":
             body = svd_table(RESULTS / "svd-cpu.csv")

@@ -17,7 +17,11 @@ from pathlib import Path
 
 import collect
 
-BASELINES = {"sst2": "FedAvg of the teacher", "cifar10": "FedAvg of the student"}
+BASELINES = {
+    "sst2": "FedAvg of the teacher",
+    "cifar10": "FedAvg of the student",
+    "digits-fedkd": "FedAvg of the student",
+}
 
 
 class Group:
