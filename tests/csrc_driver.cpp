@@ -1,6 +1,7 @@
 // Runs every CPU kernel under the sanitizers: buffers of exactly the promised size, awkward sizes, all widths and dtypes, single
 // vectors and tables, and every instruction set against the scalar one. Built and run by test_csrc.py; prints the number of
 // cases.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -9,6 +10,7 @@
 
 #include "../csrc/core/convert.h"
 #include "../csrc/core/eden.h"
+#include "../csrc/core/eigh.h"
 #include "../csrc/core/pack.h"
 #include "../csrc/core/philox.h"
 #include "../csrc/core/quantize.h"
@@ -192,6 +194,58 @@ void packing(const Kernels& k, int64_t n, int bits) {
   ++cases;
 }
 
+// Symmetric eigenproblems, Grams and combinations of rows, and norms, against plain sums; buffers begin `shift` doubles past an
+// aligned address, and scratch holds rubbish.
+void dense(const Kernels& k, int64_t n, int64_t batch, int64_t shift) {
+  const int64_t size = n * n, columns = n == 1 ? 9001 : 2 * n + 5;  // 9001: more than a piece
+  Buffer<float> x(batch * n * columns + shift), y(batch * n * columns + shift);
+  Buffer<double> a(batch * size + shift), w(batch * n + shift), v(batch * size + shift);
+  Buffer<double> work(std::max(eigh_work(n, k.lanes), kRowsWork));
+  for (int64_t i = 0; i < work.n; ++i) work.data[i] = i % 3 == 0 ? NAN : 1e300;
+  for (int64_t i = 0; i < x.n; ++i) x.data[i] = float(int32_t(next())) * 0x1p-31f;
+  const double scale = double(columns), tolerance = 1e-12 * scale;
+  for (int64_t b = 0; b < batch; ++b) {
+    const float* const from = x.data + shift + b * n * columns;
+    double* const gram = a.data + shift + b * size;
+    k.gram(from, Real::kFloat32, n, columns, gram, work.data);
+    double squares = 0.0;
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < n; ++j) {
+        double sum = 0.0;
+        for (int64_t c = 0; c < columns; ++c) sum += double(from[i * columns + c]) * double(from[j * columns + c]);
+        CHECK(std::abs(gram[i * n + j] - sum) <= tolerance && gram[i * n + j] == gram[j * n + i]);
+        squares += i == j ? sum : 0.0;
+      }
+    CHECK(std::abs(k.squared_norm(from, Real::kFloat32, 0, n * columns) - squares) <= 1e-12 * squares);
+    k.combine(gram, n, from, Real::kFloat32, n, columns, y.data + shift + b * n * columns, work.data);
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t c = 0; c < columns; ++c) {
+        double sum = 0.0;
+        for (int64_t j = 0; j < n; ++j) sum += gram[i * n + j] * double(from[j * columns + c]);
+        CHECK(std::abs(y.data[shift + (b * n + i) * columns + c] - sum) <= 1e-6 * scale);
+      }
+  }
+  for (int64_t i = 0; i < work.n; ++i) work.data[i] = i % 3 == 0 ? NAN : 1e300;
+  k.symmetric_eigh({a.data + shift, w.data + shift, v.data + shift, n}, work.data, 0, batch);
+  for (int64_t b = 0; b < batch; ++b) {
+    const double *gram = a.data + shift + b * size, *values = w.data + shift + b * n, *vectors = v.data + shift + b * size;
+    for (int64_t i = 0; i < n; ++i) {
+      CHECK(i == 0 || values[i - 1] >= values[i]);
+      for (int64_t r = 0; r < n; ++r) {
+        double product = -values[i] * vectors[r * n + i], dot = i == r ? -1.0 : 0.0;
+        for (int64_t j = 0; j < n; ++j) product += gram[r * n + j] * vectors[j * n + i], dot += vectors[j * n + i] * vectors[j * n + r];
+        CHECK(std::abs(product) <= 1e-11 * scale * double(n) && std::abs(dot) <= 1e-11);
+      }
+    }
+  }
+  // In doubles, and in place.
+  Buffer<double> t(size), z(n * n);
+  for (int64_t i = 0; i < size; ++i) t.data[i] = (i % (n + 1) == 0) * 2.0, z.data[i] = a.data[shift + i];
+  k.combine(t.data, n, z.data, Real::kFloat64, n, n, z.data, work.data);
+  for (int64_t i = 0; i < size; ++i) CHECK(z.data[i] == 2.0 * a.data[shift + i]);
+  ++cases;
+}
+
 int main() {
   core();
   std::vector<const Kernels*> sets = {&kScalarKernels};
@@ -217,5 +271,9 @@ int main() {
         }
         if (lengths.size() == 1) packing(*k, lengths[0], bits);
       }
+  for (const Kernels* k : sets)
+    for (int64_t n : {1, 2, 3, 16, 33, 64, 96})
+      for (int64_t batch : {1, 3, 8, 9})
+        if (n <= 33 || batch == 1 || batch == 9) dense(*k, n, batch, batch % 2 * 3);
   std::printf("%d cases, %d instruction sets\n", cases, int(sets.size()));
 }
