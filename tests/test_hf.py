@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from text_support import PIECES
 
 from dynfed_lightning.batches import attentions_of, call_model, hidden_states_of, logits_of
@@ -81,6 +83,53 @@ def test_weights_come_from_the_folder_and_the_head_from_the_seed(tmp_path: Path)
     fresh = load_encoder(folder, pretrained=False)
     assert not torch.equal(fresh.state_dict()[body], theirs[body])
     assert hidden_states_of(load_encoder(folder, output_hidden_states=False)(BATCH["input_ids"])) is None
+
+
+def changed(folder: str, to: Path, tensors: dict[str, torch.Tensor] | None = None, **config: Any) -> str:
+    """A copy of the checkpoint with other tensors or another configuration."""
+    to.mkdir()
+    told = json.loads((Path(folder) / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps({**told, **config}))
+    found = load_file(Path(folder) / "model.safetensors")
+    save_file(found if tensors is None else tensors, to / "model.safetensors", metadata={"format": "pt"})
+    return str(to)
+
+
+def test_weights_that_do_not_load_are_no_random_encoder(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "whole")
+    found = load_file(Path(folder) / "model.safetensors")
+    body = [name for name in found if not name.startswith("pooler.")]
+    foreign = changed(folder, tmp_path / "foreign", {f"student.{name}": t for name, t in found.items()})
+    with pytest.raises(
+        ValueError,
+        match=r"hold all of the encoder's weights, but it lacks \['bert\.embeddings\..*'\] "
+        + rf"\({len(body)} in all\)",
+    ):
+        load_encoder(foreign)
+    assert load_encoder(foreign, pretrained=False).num_labels == 2  # its configuration is sound
+    deep = changed(folder, tmp_path / "deep", num_hidden_layers=4)
+    with pytest.raises(ValueError, match=r"it lacks \['bert\.encoder\.layer\.3\..* \(16 in all\)"):
+        load_encoder(deep)
+    wide = changed(folder, tmp_path / "wide", vocab_size=60)
+    with pytest.raises(ValueError, match=r"it lacks \['bert\.embeddings\.word_embeddings\.weight'\] \(1 in all\)"):
+        load_encoder(wide)
+    without = changed(folder, tmp_path / "no-pooler", {name: found[name] for name in body})
+    own = load_encoder(without).state_dict()
+    assert all(torch.equal(own[f"bert.{name}"], found[name]) for name in body)
+
+
+def test_half_precision_checkpoints_train_in_single(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "whole")
+    found = load_file(Path(folder) / "model.safetensors")
+    half = changed(folder, tmp_path / "half", {k: t.half() for k, t in found.items()}, dtype="float16")
+    own = load_encoder(half)
+    assert {p.dtype for p in own.parameters()} == {torch.float32}
+    name = "encoder.layer.1.output.dense.weight"
+    assert torch.equal(own.state_dict()[f"bert.{name}"], found[name].half().float())
+    assert {p.dtype for p in load_encoder(half, pretrained=False).parameters()} == {torch.float32}
+    assert {p.dtype for p in load_encoder(half, layers=1, dtype="bfloat16").parameters()} == {torch.bfloat16}
+    with pytest.raises(ValueError, match="`dtype` to be one of .* but got 'half'"):
+        load_encoder(half, dtype="half")
 
 
 def test_a_folder_never_touches_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
