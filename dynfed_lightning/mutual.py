@@ -9,7 +9,6 @@ federation (FedKD, FML) it is of use wherever a large and a small model are to b
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ from dynfed_lightning.co_training import RandomStream, check_trainer, start_equa
 from dynfed_lightning.hidden import HiddenLoss, Switch
 from dynfed_lightning.losses import Sides, adaptive_divisor, mutual_kl, mutual_losses
 from dynfed_lightning.module import ClientModule
-from dynfed_lightning.optimizers import one_optimizer
+from dynfed_lightning.optimizers import one_optimizer, same_kind, take_up
 from dynfed_lightning.seeds import derive_seed
 
 Pair = float | tuple[float, float]
@@ -149,13 +148,14 @@ class MutualDistillation(ExtraLoss):
 
     # ---------------------------------------------------------- start and end
 
-    def check(self, module: L.LightningModule, batch: Any) -> None:
-        """Two rows of `batch` through both models, before any training.
+    def check(self, module: L.LightningModule, batch: Any = None) -> None:
+        """Make the optimisers, and pass two rows of `batch` through both models, before any training.
 
         Raises:
-            ValueError: no logits, different classes, layers or sizes that do not match.
+            ValueError: an optimiser that cannot be made; no logits, different classes, layers or sizes that do not match.
         """
-        if not self._distils:
+        optimizer, _ = self._make_optimizer()
+        if not self._distils or batch is None:
             return
         inputs = take(split_batch(batch)[0], 2)
         captures = self._listen(module)
@@ -170,6 +170,8 @@ class MutualDistillation(ExtraLoss):
                     m.training = training
                 seen.append(capture.take())
             self.hidden.match(seen[self._own], seen[self._other])
+            if len(self.hidden.maps):
+                self._optimizer_of_maps(optimizer)
         finally:
             self._stop_listening(captures)
 
@@ -178,10 +180,14 @@ class MutualDistillation(ExtraLoss):
         self._asked = [AskForStates(m, *wanted) for m in (module, self.peer)]
         mine = [pair[self._own] for pair in self.features]
         theirs = [pair[self._other] for pair in self.features]
-        return (
-            Capture(module, "module", logits=self.logits[0], features=mine),
-            Capture(self.peer, "peer", logits=self.logits[1], features=theirs),
-        )
+        captures: list[Capture] = []
+        try:
+            captures.append(Capture(module, "module", logits=self.logits[0], features=mine))
+            captures.append(Capture(self.peer, "peer", logits=self.logits[1], features=theirs))
+        except BaseException:  # a name that the second does not have: leave no hook on the first
+            self._stop_listening(captures)
+            raise
+        return captures[0], captures[1]
 
     def _stop_listening(self, captures: Iterable[Capture]) -> None:
         for capture in captures:
@@ -214,13 +220,13 @@ class MutualDistillation(ExtraLoss):
         self._projection_optimizer = None
         self._optimizer, self._schedulers = self._make_optimizer()
         if "optimizer" in loaded:
-            self._optimizer.load_state_dict(copy.deepcopy(loaded["optimizer"]))  # it would step in the loaded tensors
+            take_up(self._optimizer, loaded["optimizer"])
             for config, state in zip(self._schedulers, loaded.get("schedulers", ()), strict=False):
                 config.scheduler.load_state_dict(state)
         if len(self.hidden.maps):
-            self._make_projection_optimizer()
-            if "projection_optimizer" in loaded and self._projection_optimizer is not None:
-                self._projection_optimizer.load_state_dict(copy.deepcopy(loaded["projection_optimizer"]))
+            self._projection_optimizer = self._optimizer_of_maps(self._optimizer)
+            if "projection_optimizer" in loaded:
+                take_up(self._projection_optimizer, loaded["projection_optimizer"])
         seed = derive_seed(torch.initial_seed(), "peer")
         self._random = RandomStream(seed, pl_module.device, loaded.get("random"))
         if world_size(trainer) > 1:
@@ -276,7 +282,8 @@ class MutualDistillation(ExtraLoss):
                 hidden = self.hidden(student, teacher, split_batch(batch)[0])
                 kl = mutual_kl(student.logits, teacher.logits)
             if len(self.hidden.maps) > made:
-                self._make_projection_optimizer()
+                assert self._optimizer is not None
+                self._projection_optimizer = self._optimizer_of_maps(self._optimizer)
         totals = mutual_losses(
             task,
             kl,
@@ -337,13 +344,13 @@ class MutualDistillation(ExtraLoss):
             raise TypeError(f"Expected `peer_optimizer` to make an Optimizer, but it made {type(made).__name__}.")
         return made, []
 
-    def _make_projection_optimizer(self) -> None:
-        assert self._optimizer is not None
-        maps = list(self.hidden.maps)
+    def _optimizer_of_maps(self, like: Optimizer) -> Optimizer:
         try:
-            self._projection_optimizer = type(self._optimizer)(maps, **self._optimizer.defaults)
-        except TypeError:  # one whose constructor takes other names than its groups have
-            self._projection_optimizer = torch.optim.AdamW(maps, lr=self._optimizer.param_groups[0]["lr"])
+            return same_kind(like, list(self.hidden.maps))
+        except ValueError as error:
+            raise ValueError(
+                f"W_h learns by an optimizer like the peer's: {error} Or take projection=False."
+            ) from error
 
     # ----------------------------------------------------------- what it tells
 
@@ -386,7 +393,10 @@ class MutualDistillation(ExtraLoss):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave, or a part of it, when training starts next."""
+        """Take up what `state_dict` gave, or a part of it, when training starts next.
+
+        Of an optimiser's state ``param_groups`` may be missing: then learning rates are those it starts with.
+        """
         self._loaded = dict(state_dict)
 
 

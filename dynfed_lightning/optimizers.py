@@ -1,13 +1,16 @@
-"""What ``configure_optimizers`` may return, read for a loop that steps one optimiser itself."""
+"""What ``configure_optimizers`` may return, read for a loop that steps one optimiser itself; and making one like another."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import inspect
+from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 
@@ -46,3 +49,46 @@ def one_optimizer(module: L.LightningModule, who: str, advice: str = "") -> tupl
             raise ValueError(f"{who} does not honour {sorted(unknown)} of a scheduler{end}")
         configs.append(SimpleNamespace(**{"interval": "epoch", "frequency": 1, **config}))
     return found, configs
+
+
+def same_kind(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> Optimizer:
+    """A new optimiser of the class and defaults of `optimizer`, over other parameters.
+
+    Of the defaults only those that the constructor names are passed: torch's AdamW, for one, has others.
+
+    Raises:
+        ValueError: the class cannot be made from them alone.
+    """
+    kind = type(optimizer)
+    named = _named_arguments(kind)
+    try:
+        return kind(parameters, **{n: v for n, v in optimizer.defaults.items() if n in named})
+    except TypeError as error:
+        raise ValueError(
+            f"Expected an optimizer that its class and its defaults make again, but {kind.__name__} is none ({error})."
+        ) from error
+
+
+def _named_arguments(kind: type) -> set[str]:
+    """What a class's constructor takes by name; where it passes ``**kwargs`` on, its parent's too."""
+    named: set[str] = set()
+    for cls in kind.__mro__:
+        if "__init__" in vars(cls):
+            found = inspect.signature(vars(cls)["__init__"]).parameters.values()
+            named |= {p.name for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+            if all(p.kind is not p.VAR_KEYWORD for p in found):
+                break
+    return named
+
+
+def take_up(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Load what another one's ``state_dict`` gave, or its ``state`` alone.
+
+    Without ``param_groups`` the optimiser's own stay, as it began: what a scheduler that starts anew reckons with.
+
+    Args:
+        optimizer: edited in place; shares no tensor with `saved` afterwards.
+        saved: ``state``, and ``param_groups`` where learning rates are to go on as they were.
+    """
+    groups = saved.get("param_groups") or optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict(copy.deepcopy({"state": saved["state"], "param_groups": groups}))
