@@ -165,7 +165,13 @@ def match_layers(student_layers: int, teacher_layers: int, layer_map: LayerMap =
     >>> match_layers(2, 6, [(1, 2), (-1, -1)])
     [(1, 2), (2, 6)]
     """
+    layer_map = check_layer_map(layer_map)
     if layer_map is None or isinstance(layer_map, int):
+        if min(student_layers, teacher_layers) < 1:
+            raise ValueError(
+                f"Expected models with at least one layer, but the student has {student_layers} and the teacher "
+                f"{teacher_layers}."
+            )
         if teacher_layers % student_layers:
             raise ValueError(
                 f"Expected the teacher's layers to be a multiple of the student's, but got {teacher_layers} and "
@@ -198,10 +204,10 @@ def check_layer_map(layer_map: Any) -> LayerMap:
     if layer_map is None or (isinstance(layer_map, int) and not isinstance(layer_map, bool) and layer_map >= 1):
         return layer_map
     try:
-        pairs = [(int(s), int(t)) for s, t in layer_map]
+        pairs = [(s, t) for s, t in layer_map]
     except (TypeError, ValueError):
         pairs = []
-    if not pairs or any(isinstance(x, float) for pair in layer_map for x in pair):
+    if not pairs or not all(isinstance(x, int) and not isinstance(x, bool) for pair in pairs for x in pair):
         raise ValueError(
             f"Expected `layer_map` to be None, a positive number of layers, or pairs of layers, but got {layer_map!r}."
         )

@@ -83,7 +83,7 @@ def masked_mse(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
     """
     a, b = precise(a), precise(b)
     if mask is None:
-        return (a - b).square().mean()
+        return (a - b).square().mean() if a.numel() else (a - b).sum()
     shape = mask.shape + (1,) * (a.ndim - mask.ndim)
     # Cut out before the square: a padding position may hold anything, and infinity times 0 is no number.
     square = torch.where(mask.view(shape), a - b, 0).square()

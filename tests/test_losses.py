@@ -141,6 +141,15 @@ def test_nothing_but_padding_is_zero() -> None:
     assert float(masked_mse(random(2, 3, 4), random(2, 3, 4, seed=1), nothing)) == 0.0
 
 
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
+def test_nothing_at_all_is_zero(shape: tuple[int, ...]) -> None:
+    empty = torch.zeros(shape, requires_grad=True)
+    for mask in (None, torch.ones(shape[:2], dtype=torch.bool)):
+        loss = masked_mse(empty, torch.zeros(shape), mask)
+        assert float(loss.detach()) == 0.0
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
 # -------------------------------------------------------------------------------------------------------- gradients
 
 

@@ -21,6 +21,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from toys import CLASSES, WIDTH, NormNet, assert_same, blobs, client_module, data_module, network, outer
 
 from dynfed_lightning import ClientModule, LoopLocal, MutualDistillation, TrainerLocal
+from dynfed_lightning.capture import match_layers
+from dynfed_lightning.optimizers import same_kind
 
 
 def loader(n: int = 48, batch_size: int = 16) -> DataLoader:
@@ -604,6 +606,10 @@ def test_what_the_trainers_logger_gets() -> None:
         ({"layer_map": 0}, "Expected `layer_map` to be None, a positive number of layers, or pairs"),
         ({"layer_map": [(1,)]}, "Expected `layer_map` to be None, a positive number of layers, or pairs"),
         ({"layer_map": [(1.5, 2)]}, "Expected `layer_map` to be None, a positive number of layers, or pairs"),
+        ({"layer_map": [(True, 1)]}, "Expected `layer_map` to be None, a positive number of layers, or pairs"),
+        ({"layer_map": [("1", "2")]}, "Expected `layer_map` to be None, a positive number of layers, or pairs"),
+        ({"layer_map": "12"}, "Expected `layer_map` to be None, a positive number of layers, or pairs"),
+        ({"layer_map": []}, "Expected `layer_map` to be None, a positive number of layers, or pairs"),
         ({"features": [("a", "nowhere")]}, "Expected a layer of the peer, but it has no 'nowhere': there are "),
         ({"features": [("0", "0")], "hidden": False}, "Expected `hidden` not to be False where `features`"),
         ({"features": [("0", "0")], "layer_map": 1}, "Expected `layer_map` or `features`, but got both"),
@@ -674,6 +680,64 @@ def test_other_mismatches() -> None:
     shared = client_module()
     with pytest.raises(ValueError, match="shares no parameters with the module"):
         fit(shared, MutualDistillation(shared.model))
+
+
+@pytest.mark.parametrize(("student", "teacher"), [(0, 4), (2, 0), (0, 0), (-1, 3)])
+def test_models_without_layers(student: int, teacher: int) -> None:
+    with pytest.raises(
+        ValueError, match=f"at least one layer, but the student has {student} and the teacher {teacher}"
+    ):
+        match_layers(student, teacher)
+
+
+def test_a_peer_that_cannot_be_listened_to_leaves_nothing_behind() -> None:
+    """Neither hooks on the module nor a configuration that makes it return its hidden states from now on."""
+    module, peer = text_module(2), TinyTransformer(2)
+    module.model.config = SimpleNamespace(output_hidden_states=False, output_attentions=False)  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match=r"Expected a layer of the peer, but it has no 'nope'"):
+        MutualDistillation(peer, logits=(None, "nope")).check(module, next(iter(sentences())))
+    assert not any(m._forward_hooks for m in module.modules())
+    config = module.model.config  # type: ignore[union-attr]
+    assert config.output_hidden_states is False and config.output_attentions is False
+
+
+def test_w_h_has_the_optimiser_of_the_peer() -> None:
+    """AdamW's own defaults hold more than its constructor takes; every setting must be the peer's all the same."""
+    callback = MutualDistillation(
+        network(1, hidden=24),
+        features=[("1", "1")],
+        peer_optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3, betas=(0.5, 0.7), weight_decay=0.25, amsgrad=True),
+    )
+    fit(client_module(), callback)
+    made = callback._projection_optimizer
+    assert type(made) is torch.optim.AdamW
+    group = made.param_groups[0]
+    assert (group["lr"], group["betas"], group["weight_decay"], group["amsgrad"]) == (1e-3, (0.5, 0.7), 0.25, True)
+
+
+class PassesOn(torch.optim.AdamW):
+    def __init__(self, params: Any, **kwargs: Any) -> None:
+        super().__init__(params, **kwargs)
+
+
+class Inherits(PassesOn):
+    pass
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adagrad,
+     torch.optim.RMSprop, torch.optim.Adamax, torch.optim.Adadelta, torch.optim.LBFGS, torch.optim.ASGD, torch.optim.Rprop,
+     PassesOn, Inherits],
+)  # fmt: skip
+def test_every_optimiser_is_made_again(kind: Any) -> None:
+    a, b = (nn.Parameter(torch.zeros(2)) for _ in range(2))
+    like = kind([a], lr=0.03)
+    made = same_kind(like, [b])
+    assert type(made) is kind and made.defaults == like.defaults
+    assert made.param_groups[0]["params"] == [b] and {**made.param_groups[0], "params": 0} == {
+        **like.param_groups[0], "params": 0
+    }  # fmt: skip
 
 
 def test_trainers_it_refuses() -> None:
