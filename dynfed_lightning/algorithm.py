@@ -261,6 +261,14 @@ class Algorithm:
         """
         self.check_public(server.public is not None)
 
+    def identity(self) -> dict[str, Any]:
+        """What a run that resumes a checkpoint must have in common with the one that made it, beyond what the federation checks.
+
+        By name, as the message of a mismatch calls it; values that compare equal and that ``weights_only=True`` reads. Called
+        after `setup`.
+        """
+        return {}
+
     def uplink_schema(self, weights: Schema) -> Schema:
         """The schema of `Update.tensors`, given that of the weights. Agreed when a client joins, so it never travels."""
         return weights

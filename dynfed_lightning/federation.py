@@ -409,7 +409,7 @@ class Federation(L.LightningModule):
         """Take up what `on_save_checkpoint` gave.
 
         Raises:
-            ValueError: the checkpoint is no federation's, or another algorithm's or seed's.
+            ValueError: the checkpoint is no federation's, or another algorithm's or seed's, or of other initial teachers.
         """
         saved = checkpoint.get("federation")
         if saved is None:
@@ -440,7 +440,7 @@ class Federation(L.LightningModule):
         """What a checkpoint and the run that resumes it must have in common."""
         schema = self.runtime.uplink_schema.hash
         own = {"algorithm": self.algorithm.name, "seed": self.seed, "initial": self.initial}
-        return {**own, "split": self._split, "schema": schema}
+        return {**own, "split": self._split, "schema": schema, **self.algorithm.identity()}
 
     def _ready(self) -> tuple[Server, Transport]:
         if self.server is None or self.transport is None:

@@ -208,6 +208,42 @@ def test_resume_gives_the_same_bits(tmp_path: Path) -> None:
         assert_same(whole.store.read(k)["models"], second.store.read(k)["models"])
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_resume_with_other_models_is_refused(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}")
+    models = FedProto(models={k: Net(3 + k, seed=k) for k in range(4)})
+    federation_of(models, rounds=1, callbacks=[checkpoint], enable_checkpointing=True)
+    for other in (FedProto(models=lambda k: Net(3 + k, seed=k)), FedProto()):
+        with pytest.raises(ValueError, match="Expected a checkpoint with initial models"):
+            federation_of(other, rounds=2, ckpt_path=tmp_path / "epoch=0.ckpt")
+
+
+def test_a_model_that_diverged_is_not_remembered() -> None:
+    class Diverges(ClientModule):
+        def on_train_end(self) -> None:
+            self.model.head.bias.data.fill_(torch.nan)  # type: ignore[union-attr]
+
+    models = {k: (Diverges if k == 1 else ClientModule)(Net()) for k in range(4)}
+    federation = Federation(module(), FedProto(models=models), local="loop")
+    run(federation, data_module(4), rounds=1)
+    assert federation.last_round is not None and federation.last_round.failures == {"nan_model": 1}
+    assert list(federation.store) == [0, 2, 3]
+
+
+def test_a_bare_network_trains_by_the_modules_recipe() -> None:
+    class Adam(ClientModule):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=0.05, weight_decay=0.3)
+
+    algorithm = FedProto(models=lambda k: Net())
+    federation = Federation(Adam(Net()), algorithm, local="loop")
+    run(federation, data_module(2), rounds=1)
+    same = Federation(Adam(Net()), FedProto(), local="loop")
+    run(same, data_module(2), rounds=1)
+    for k in range(2):
+        assert_same(federation.store.read(k)["models"], same.store.read(k)["models"])
+
+
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 

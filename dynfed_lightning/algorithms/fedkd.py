@@ -33,7 +33,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dynfed_lightning.algorithm import Client, CodecLike, Received, Reply, Server, Update, total_examples
-from dynfed_lightning.algorithms._local_models import LocalModels, kept, mean_scalar, remembered
+from dynfed_lightning.algorithms._local_models import LocalModels, check_finite, kept, mean_scalar, remembered
 from dynfed_lightning.algorithms.fedavg import FedAvg
 from dynfed_lightning.codec import Codec
 from dynfed_lightning.hidden import HiddenLoss
@@ -45,17 +45,23 @@ from dynfed_lightning.stages import ErrorFeedback, LowRank, Quantize, Stage
 from dynfed_lightning.stages.low_rank import FEDKD
 from dynfed_lightning.tensors import Tensors, difference, load_weights, travelling, weighted_mean, weights_of
 
+_OPTIMIZERS = ("optimizer", "projection_optimizer")  # the teacher's and W_h's, in `MutualDistillation.state_dict`
+
 
 class FedKD(FedAvg):
     """Federated learning by adaptive mutual distillation; the federation's module is the student.
+
+    A client whose teacher or W_h does not stay finite is left out of the round (``failed/nan_model``) and goes on from what it
+    had before. A run resumes only from a checkpoint of the same initial teachers.
 
     Clients are judged by their teachers (``accuracy``), and the student beside them (``global_accuracy``). Per round
     ``teacher_loss`` and ``student_loss`` are the mean task losses; ``train_loss`` is the student's.
 
     Args:
         teacher: a network or LightningModule that every client starts from, a mapping from client id to such a model, or a
-            function of the client id (clients may have different architectures). A network trains with the student's
-            recipe: its optimiser's class, learning rate and defaults; a LightningModule with its own.
+            function of the client id (clients may have different architectures; before training, those of up to 64 clients
+            are made and checked). A network trains with the student's recipe: its optimiser's class, learning rate and
+            defaults; a LightningModule with its own.
         energy: T of eq. 9, the share of a matrix's squared norm that its factors keep, in (0, 1], or a schedule over rounds;
             None, the paper's ``Linear(0.95, 0.98)``.
         uplink: codec of the student's update; default ``Codec(LowRank(energy))``.
@@ -75,7 +81,8 @@ class FedKD(FedAvg):
         features: pairs (student's layer, teacher's layer) by name, for models that return only logits.
         projection: have W_h.
         floor: the least D. A client of one class soon has task losses near 0, which would let L_h / D run away.
-        keep_optimizer: the teacher's optimiser state stays on the client from round to round.
+        keep_optimizer: the state of the teacher's optimiser and of W_h's (moments) stays on the client from round to round.
+            Learning rates and schedulers start anew every round like the student's.
         teacher_optimizer: makes the teachers' optimiser from their parameters, instead of the above.
 
     Raises:
@@ -144,26 +151,30 @@ class FedKD(FedAvg):
     # ------------------------------------------------------------------ set-up
 
     def setup(self, server: Server, executor: LocalExecutor) -> None:
-        """Check that teacher and student fit together, on a batch if there is one.
+        """Check that teacher and student fit together, on a batch if there is one, and make their optimisers.
 
         Raises:
-            ValueError: no logits, other classes, layers or sizes that do not match; a client without a teacher.
+            ValueError: no logits, other classes, layers or sizes that do not match; a client without a teacher; an optimiser
+                that cannot be made again for the teacher or W_h.
         """
         super().setup(server, executor)
         self._seed = server.seed
         self.teachers.check_clients(server.num_clients)
+        student = server.new_module().to("cpu")
+        batch = None if server.probe is None else server.probe()
         for client_id in self.teachers.kinds(server.num_clients):
-            student = server.new_module().to("cpu")
             teacher = self.teachers.fresh(client_id, student, server.seed)
-            mutual = self._mutual(client_id, teacher, student)
-            if server.probe is not None:
-                mutual.check(student, server.probe())
+            self._mutual(client_id, teacher).check(student, batch)
 
-    def _mutual(self, client_id: int, teacher: L.LightningModule, student: L.LightningModule) -> MutualDistillation:
+    def identity(self) -> dict[str, Any]:
+        """The teachers as they start: what clients do not remember of theirs (what is frozen) must be the same."""
+        return self.teachers.identity(self._seed)
+
+    def _mutual(self, client_id: int, teacher: L.LightningModule) -> MutualDistillation:
         return MutualDistillation(
             teacher,
             role="student",
-            peer_optimizer=self.teacher_optimizer or self.teachers.optimizer(teacher, student),
+            peer_optimizer=self.teacher_optimizer,
             seed=derive_seed(self._seed, "W_h", client_id),
             **self._distillation,
         )
@@ -175,15 +186,19 @@ class FedKD(FedAvg):
         names = load_weights(module, received.tensors)
         teacher = self.teachers.restore(client.id, client.state, module, self._seed)
         own = kept(teacher)
-        mutual = self._mutual(client.id, teacher, module)
-        mutual.load_state_dict({n: client.state[n] for n in ("projections", "optimizer") if n in client.state})
+        mutual = self._mutual(client.id, teacher)
+        mutual.load_state_dict({n: client.state[n] for n in ("projections", *_OPTIMIZERS) if n in client.state})
         result = client.fit(module, callbacks=[mutual])
-        client.state["client"] = client.id
-        client.state["teacher"] = remembered(teacher, own)
-        memory = mutual.state_dict()
-        for name in ("projections", *(("optimizer",) if self.keep_optimizer else ())):
-            if memory.get(name):
-                client.state[name] = _on_cpu(memory[name])
+        memory: dict[str, Any] = {"client": client.id, "teacher": remembered(teacher, own, client.id, "teacher")}
+        after = mutual.state_dict()
+        check_finite(after["projections"], client.id, "W_h")
+        if after["projections"]:
+            memory["projections"] = _on_cpu(after["projections"])
+        for name in _OPTIMIZERS if self.keep_optimizer else ():
+            if name in after:  # not its groups: they hold learning rates that a scheduler has lowered
+                memory[name] = {"state": _on_cpu(after[name]["state"])}
+                check_finite(memory[name], client.id, "optimizer")
+        client.state.update(memory)
         losses = mutual.means
         scalars = {
             "loss": losses.get("student_loss", result.loss or 0.0),
@@ -204,12 +219,16 @@ class FedKD(FedAvg):
     # ------------------------------------------------------------------ server
 
     def server_step(self, server: Server, replies: Sequence[Reply]) -> None:
-        """``w_t+1 = w^_t + sum_k (n_k / n) g^_k``, w^_t what the clients hold and g^_k their updates as decoded."""
+        """``w_t+1 = w^_t + sum_k (n_k / n) g^_k``, w^_t what the clients hold and g^_k their updates as decoded.
+
+        So it is with the default server optimiser; any other is given the mean update alone, and steps from w^_t.
+        """
         update = weighted_mean([r.tensors for r in replies], total_examples(replies))
         if not self.downlink_feedback:
-            _, raw = travelling(server.module)
-            lost = difference({n: server.received[n] for n in update if n not in raw}, server.weights())
-            update = {n: t + lost[n] if n in lost else t for n, t in update.items()}
+            live, raw = travelling(server.module)
+            with torch.no_grad():
+                for name in live.keys() - raw:
+                    live[name].copy_(server.received[name])
         server.apply(update)
         server.metrics["student_loss"] = mean_scalar(replies, "loss")
         server.metrics["teacher_loss"] = mean_scalar(replies, "teacher_loss")

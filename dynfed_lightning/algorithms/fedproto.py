@@ -95,12 +95,14 @@ class PrototypeTerm(ExtraLoss):
 class FedProto(Algorithm):
     """Federated prototype learning: one vector a class travels, models never do.
 
-    Clients are judged by their own models. They may have different architectures, as long as embeddings have one size.
+    Clients are judged by their own models. They may have different architectures, as long as embeddings have one size. A client
+    whose model does not stay finite is left out of the round (``failed/nan_model``) and goes on from what it had before. A run
+    resumes only from a checkpoint of the same initial `models`.
 
     Args:
         weight: lambda of eq. 7, >= 0.
         models: the clients' models, if they are not all the federation's module: a mapping from client id to model, or a
-            function of the client id.
+            function of the client id (before training, those of up to 64 clients are made and checked).
         head: the name of the models' last linear layer; what it is given is the embedding.
         uplink: codec of prototypes up, or bits. A class that a client does not have costs nothing in any case.
         downlink: of prototypes down; must be lossless.
@@ -150,12 +152,18 @@ class FedProto(Algorithm):
         if self.models is not None:
             self.models.check_clients(server.num_clients)
             models = [self.models.fresh(k, module, server.seed) for k in self.models.kinds(server.num_clients)]
+            for model in models:
+                executor.check(model)
         sizes = {_size(m, self.head) for m in models}
         if len(sizes) != 1:
             raise ValueError(f"Expected clients' embeddings of one size, but got {sorted(sizes)}.")
         self._shape = (server.num_classes, sizes.pop())
         classes, size = self._shape
         server.state.setdefault("prototypes", {f"{_PREFIX}{j}": torch.zeros(size) for j in range(classes)})
+
+    def identity(self) -> dict[str, Any]:
+        """The clients' models as they start; the federation's module is in the checkpoint itself."""
+        return {"initial models": None} if self.models is None else self.models.identity(self._seed)
 
     def uplink_schema(self, weights: Schema) -> Schema:
         """A vector a class; no weights."""
@@ -177,7 +185,7 @@ class FedProto(Algorithm):
         classes, _ = self._shape
         prototypes = torch.stack([received.tensors[f"{_PREFIX}{j}"] for j in range(classes)])
         result = client.fit(own, callbacks=[PrototypeTerm(prototypes, self.weight, self.head)])
-        client.state.update(client=client.id, models=remembered(own, names))
+        client.state.update(client=client.id, models=remembered(own, names, client.id, "model"))
         sums, counts = self._embeddings(client, own)
         local = (sums / counts.clamp_min(1).unsqueeze(1)).float()
         tensors = {f"{_PREFIX}{j}": local[j] for j in range(classes)}

@@ -38,11 +38,14 @@ class FML(FedAvg):
     """Federated mutual learning; the federation's module is the meme.
 
     Clients are judged by their local models (``accuracy``), and the meme beside them (``global_accuracy``). Per round
-    ``local_loss`` is the local models' mean task loss; ``train_loss`` is the meme's.
+    ``local_loss`` is the local models' mean task loss; ``train_loss`` is the meme's. A client whose local model does not stay
+    finite is left out of the round (``failed/nan_model``) and goes on from what it had before. A run resumes only from a
+    checkpoint of the same initial local models.
 
     Args:
         local_model: a network or LightningModule that every client starts from, a mapping from client id to such a model, or a
-            function of the client id. A network trains with the module's recipe, a LightningModule with its own.
+            function of the client id (before training, those of up to 64 clients are made and checked). A network trains
+            with the module's recipe, a LightningModule with its own.
         alpha: share of the task loss in a local model's loss, in [0, 1].
         beta: in the meme's, likewise.
         local_optimizer: makes the local models' optimiser from their parameters, instead of the above.
@@ -82,22 +85,25 @@ class FML(FedAvg):
         """Check that the models fit together, on a batch if there is one.
 
         Raises:
-            ValueError: no logits, other classes, a client without a model.
+            ValueError: no logits, other classes, a client without a model, an optimiser that cannot be made again for it.
         """
         super().setup(server, executor)
         self._seed = server.seed
         self.models.check_clients(server.num_clients)
+        meme = server.new_module().to("cpu")
+        batch = None if server.probe is None else server.probe()
         for client_id in self.models.kinds(server.num_clients):
-            meme = server.new_module().to("cpu")
-            mutual = self._mutual(self.models.fresh(client_id, meme, server.seed), meme)
-            if server.probe is not None:
-                mutual.check(meme, server.probe())
+            self._mutual(self.models.fresh(client_id, meme, server.seed)).check(meme, batch)
 
-    def _mutual(self, local: L.LightningModule, meme: L.LightningModule) -> MutualDistillation:
+    def identity(self) -> dict[str, Any]:
+        """The local models as they start."""
+        return self.models.identity(self._seed)
+
+    def _mutual(self, local: L.LightningModule) -> MutualDistillation:
         return MutualDistillation(
             local,
             role="student",
-            peer_optimizer=self.local_optimizer or self.models.optimizer(local, meme),
+            peer_optimizer=self.local_optimizer,
             hidden=False,
             adaptive=False,
             task_weight=(self.beta, self.alpha),
@@ -109,9 +115,9 @@ class FML(FedAvg):
         names = load_weights(module, received.tensors)
         local = self.models.restore(client.id, client.state, module, self._seed)
         own = kept(local)
-        mutual = self._mutual(local, module)
+        mutual = self._mutual(local)
         client.fit(module, callbacks=[mutual])
-        client.state.update(client=client.id, local_model=remembered(local, own))
+        client.state.update(client=client.id, local_model=remembered(local, own, client.id, "local model"))
         scalars = {"loss": mutual.means["student_loss"], "local_loss": mutual.means["teacher_loss"]}
         return Update(difference(weights_of(module, names), received.tensors), scalars=scalars)
 
