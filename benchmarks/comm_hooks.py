@@ -1,6 +1,6 @@
 """Data-parallel training with compressed gradients: bytes, time and loss of each hook, on ranks of this machine.
 
-    python benchmarks/comm_hooks.py [--steps 60] [--ranks 2] [--models resnet encoder] [--out benchmarks/results/comm-hooks.csv]
+    python benchmarks/comm_hooks.py [--steps 60] [--ranks 2] [--models resnet encoder] [--hooks ..] [--timeout 300] [--out CSV]
 
 Each rank is a process, on the CPU with gloo or, where there are enough GPUs, one GPU each with NCCL. Networks are trained on
 synthetic data, from the same start, for the same steps, with plain DDP, torch's hooks and this package's. Bytes are those that
@@ -9,7 +9,11 @@ Processes of one machine talk through memory: a step's time is that of the train
 network's. The two last columns add the network's at 1 Gbit/s and 100 Mbit/s, by calculation: bytes over bandwidth, nothing of it
 hidden behind the backward pass. "loss" is the mean of the last ten steps and all ranks.
 
-Writes a row per case; prints a table and puts it beside the CSV (``.md``).
+Every case has processes of its own, and `--timeout` seconds. Some cases cannot be run with gloo: torch's bf16 hook refuses it,
+and torch's PowerSGD waits for collectives within the callbacks of others, which with several buckets outnumbers gloo's threads;
+there it gets one bucket for all gradients. What is not run, or not to its end, is listed with its reason.
+
+Writes a row per case as soon as it is there; prints a table and puts it beside the CSV (``.md``). Exits with 1 if a case failed.
 """
 
 from __future__ import annotations
@@ -17,7 +21,10 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import json
+import multiprocessing
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -39,6 +46,7 @@ from dynfed_lightning.batches import logits_of
 from dynfed_lightning.encoder import TextEncoder
 from dynfed_lightning.models import build_model
 
+BF16, POWER_SGD = "torch bf16", "torch powerSGD, rank 4"
 WARM_UP = 3  # steps: DDP rebuilds its buckets after the first; torch's PowerSGD needs two uncompressed ones
 COLUMNS = (
     "model",
@@ -71,8 +79,8 @@ def _torch_power_sgd(rank: int) -> Any:
 # name -> (state, hook); none is plain DDP
 HOOKS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "plain": lambda: (None, None),
-    "torch bf16": lambda: (None, bf16_compress_hook),
-    "torch powerSGD, rank 4": lambda: (_torch_power_sgd(4), power_sgd.powerSGD_hook),
+    BF16: lambda: (None, bf16_compress_hook),
+    POWER_SGD: lambda: (_torch_power_sgd(4), power_sgd.powerSGD_hook),
     "low rank 4": lambda: (LowRankState(4, start_step=2), low_rank_hook),
     "low rank 4, 8-bit factors": lambda: (LowRankState(4, bits=8, start_step=2), low_rank_hook),
     "low rank up to 16, energy 0.8": lambda: (LowRankState(16, energy=0.8, start_step=2), low_rank_hook),
@@ -80,6 +88,13 @@ HOOKS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "2 bits, rotated": lambda: (QuantizedState(2, rotate=4096), quantized_hook),
     "1 bit": lambda: (QuantizedState(1), quantized_hook),
 }
+
+
+def refusal(hook: str, backend: str) -> str | None:
+    """Why a hook cannot be run; None if it can."""
+    if hook == BF16 and backend != "nccl":
+        return f"torch's bf16_compress_hook takes NCCL, not {backend}"
+    return None
 
 
 # ---- what is trained ----
@@ -141,7 +156,12 @@ def case(model: str, hook: str, rank: int, world: int, steps: int, device: torch
     build, batch, lr = MODELS[model]
     torch.manual_seed(0)
     net = build().to(device)
-    ddp = DDP(net, device_ids=[device.index] if device.type == "cuda" else None)
+    one_bucket = hook == POWER_SGD and dist.get_backend() == "gloo"
+    ddp = DDP(
+        net,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        bucket_cap_mb=1024 if one_bucket else None,
+    )
     state, function = HOOKS[hook]()
     if function is not None:
         ddp.register_comm_hook(state, function)
@@ -194,38 +214,59 @@ def case(model: str, hook: str, rank: int, world: int, steps: int, device: torch
     }
 
 
-def work(rank: int, world: int, store: str, models: list[str], hooks: list[str], steps: int, out: str) -> None:
+def work(rank: int, world: int, folder: str, model: str, hook: str, steps: int, timeout: float) -> None:
     torch.set_num_threads(1)
-    gpus = torch.cuda.device_count() >= world
+    gpus = on_gpus(world)
     device = torch.device("cuda", rank) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if gpus else "gloo",
-        init_method=f"file://{store}",
+        init_method=f"file://{folder}/store",
         rank=rank,
         world_size=world,
-        timeout=datetime.timedelta(seconds=120),
+        timeout=datetime.timedelta(seconds=max(timeout, 1.0)),
     )
-    counted = Counted(world)
-    rows = []
-    for model in models:
-        for hook in hooks:
-            rows.append(case(model, hook, rank, world, steps, device, counted))
-            if rank == 0:
-                print(model, hook, rows[-1]["p50_ms"], "ms", rows[-1]["loss"], flush=True)
+    row = case(model, hook, rank, world, steps, device, Counted(world))
     if rank == 0:
-        with open(out, "w", newline="") as f:
-            writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        Path(folder, "row.json").write_text(json.dumps(row))
     dist.destroy_process_group()
 
 
-def report(rows: list[dict[str, str]]) -> list[str]:
+def on_gpus(world: int) -> bool:
+    return torch.cuda.device_count() >= world
+
+
+def run(world: int, model: str, hook: str, steps: int, timeout: float) -> dict[str, Any]:
+    """One case in processes of its own.
+
+    Raises:
+        RuntimeError: with the reason, where a process fails or dies, or the time is over; no process is left then.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        end = time.monotonic() + timeout
+        # Forked from a process that has imported everything, ranks start at once; CUDA does not survive a fork.
+        method = "spawn" if on_gpus(world) else "forkserver"
+        args = (world, folder, model, hook, steps, timeout)
+        context = mp.start_processes(work, args, nprocs=world, join=False, start_method=method)
+        try:
+            while not context.join(timeout=max(0.0, min(1.0, end - time.monotonic()))):
+                if time.monotonic() >= end:
+                    raise RuntimeError(f"not done after {timeout:g} seconds")
+        except (mp.ProcessRaisedException, mp.ProcessExitedException) as e:
+            raise RuntimeError(str(e).strip().splitlines()[-1]) from e
+        finally:
+            for process in context.processes:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+        return json.loads(Path(folder, "row.json").read_text())
+
+
+def report(rows: list[dict[str, Any]]) -> list[str]:
     head = ["model", "hook", "bytes a step", "fewer", "ms (p50)", "ms at 1 Gbit/s", "ms at 100 Mbit/s", "loss"]
     keys = ("model", "hook", "wire_bytes", "ratio", "p50_ms", "ms_at_1gbit", "ms_at_100mbit", "loss")
-    return table(head, [[r[k] for k in keys] for r in rows], numeric=2)
+    return table(head, [[str(r[k]) for k in keys] for r in rows], numeric=2)
 
 
 def main() -> None:
@@ -234,20 +275,38 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--hooks", nargs="+", choices=list(HOOKS), default=list(HOOKS))
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds a case may take")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/comm-hooks.csv"))
     args = parser.parse_args()
     if args.steps <= WARM_UP:
         parser.error(f"Expected `--steps` to be above {WARM_UP}, but got {args.steps}.")
+    if args.ranks < 2:
+        parser.error(f"Expected `--ranks` to be 2 or more, but got {args.ranks}.")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        store = f"{folder}/store"
-        mp.spawn(
-            work, (args.ranks, store, args.models, args.hooks, args.steps, str(args.out)), nprocs=args.ranks, join=True
-        )
-    with args.out.open(newline="") as f:
-        lines = report(list(csv.DictReader(f)))
-    print("\n".join(lines))
+    multiprocessing.set_forkserver_preload(["torch.distributed", "lightning", "dynfed_lightning.encoder"])
+    backend = "nccl" if on_gpus(args.ranks) else "gloo"
+    rows, missing, failed = [], [], False
+    with args.out.open("w", newline="") as f:
+        writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for model, hook in ((m, h) for m in args.models for h in args.hooks):
+            reason = refusal(hook, backend)
+            if reason is None:
+                try:
+                    rows.append(run(args.ranks, model, hook, args.steps, args.timeout))
+                except RuntimeError as e:
+                    reason, failed = str(e), True
+            if reason is not None:
+                missing.append(f"{model}, {hook}: not run: {reason}")
+                print(missing[-1], flush=True)
+                continue
+            writer.writerow(rows[-1])
+            f.flush()
+            print(f"{model}, {hook}: {rows[-1]['p50_ms']} ms, loss {rows[-1]['loss']}", flush=True)
+    lines = report(rows) + [line for m in missing for line in (m + ".", "")]
+    print("\n".join(["", *lines]))
     args.out.with_suffix(".md").write_text("\n".join(lines))
+    sys.exit(int(failed))
 
 
 if __name__ == "__main__":
