@@ -244,26 +244,34 @@ class CommState:
         """
         if not isinstance(state, dict) or not {"step", "traffic", "parameters"} <= state.keys():
             raise ValueError(f"Expected `state` to be what `state_dict` returned, but got {type(state).__name__}.")
+        parameters = _checked_dict("state['parameters']", state["parameters"])
         params = dict(_named(module))
         kept: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
-        for name, known in state["parameters"].items():
+        for name, known in parameters.items():
             param = params.get(name)
             if param is None:
                 raise ValueError(f"Expected `state` to be of this module, but it has no parameter {name!r}.")
-            if "residual" in known and known["residual"].numel() != param.numel():
-                raise ValueError(
-                    f"Expected the residual of {name!r} to have {param.numel()} values, but got "
-                    f"{known['residual'].numel()}."
-                )
-            kept[id(param)] = (param, dict(known))
-        step, traffic = check_integer("state['step']", state["step"], 0, 2**62), Traffic(**state["traffic"])
+            kept[id(param)] = (param, _checked_memory(name, known, param))
+        entries = _checked_dict("state['traffic']", state["traffic"])
+        if wrong := sorted(set(map(str, entries)) ^ {f.name for f in fields(Traffic)}):
+            raise ValueError(f"Expected `state['traffic']` to have the entries of Traffic, but {wrong} differ.")
+        traffic = Traffic(**{k: check_integer(f"state['traffic'][{k!r}]", v, 0, 2**62) for k, v in entries.items()})
+        step = check_integer("state['step']", state["step"], 0, 2**62)
         self.reset()
         self.step, self.traffic, self._kept = step, traffic, kept
         self._before = Traffic(**traffic.as_dict())
 
     def run(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        """Reduce a bucket: the body of a hook."""
+        """Reduce a bucket: the body of a hook.
+
+        Raises:
+            TypeError: gradients that are sparse or not floating point; from the first step on, `start_step` or not.
+        """
         buffer = bucket.buffer()
+        # DDP gives a sparse gradient a bucket of its own, without `gradients()`: passed over, ranks would drift apart.
+        if buffer.layout != torch.strided:
+            layout = str(buffer.layout).removeprefix("torch.")
+            raise TypeError(f"Expected gradients to be dense, but got {layout}: `sparse=False` in the embedding.")
         if not buffer.dtype.is_floating_point:
             raise TypeError(f"Expected gradients to be floating point, but got {buffer.dtype}.")
         group = self.process_group if self.process_group is not None else dist.group.WORLD
@@ -315,6 +323,32 @@ def unless(bad: Tensor, new: Tensor, kept: Tensor) -> Tensor:
     if bad.device.type == "cpu" and not bool(bad.any()):
         return new
     return torch.where(bad, kept, new)
+
+
+def _checked_dict(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"Expected `{name}` to be a dict, but got {type(value).__name__}.")
+    return value
+
+
+def _checked_memory(name: str, known: Any, param: Tensor) -> dict[str, Tensor]:
+    """What a checkpoint has of a parameter, if it fits its shape."""
+    known = dict(_checked_dict(f"state['parameters'][{name!r}]", known))
+    for kind, value in known.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise ValueError(f"Expected the {kind} of {name!r} to be a tensor of floats, but got {value!r:.60}.")
+    if (residual := known.get("residual")) is not None and residual.numel() != param.numel():
+        raise ValueError(
+            f"Expected the residual of {name!r} to have {param.numel()} values, but got {residual.numel()}."
+        )
+    if (start := known.get("warm_start")) is not None:
+        rows = param.numel() // param.shape[0] if param.ndim > 1 and param.numel() else 0
+        if start.ndim != 2 or start.shape[0] != rows or not start.shape[1]:
+            raise ValueError(
+                f"Expected the warm_start of {name!r} to have {rows} rows and one column or more, but got shape "
+                f"{tuple(start.shape)}."
+            )
+    return known
 
 
 def _named(module: nn.Module) -> list[tuple[str, nn.Parameter]]:

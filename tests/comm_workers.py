@@ -298,6 +298,19 @@ def check_not_finite(rank: int, world: int) -> dict[str, Any]:
     return results
 
 
+def check_sparse(rank: int, world: int) -> dict[str, Any]:
+    """What the first backward pass of a sparse embedding raises; None if nothing."""
+    results: dict[str, Any] = {}
+    for name, state in (("rank", LowRankState(2, start_step=9)), ("bits", QuantizedState(4, min_size=0))):
+        model = wrapped(nn.Sequential(nn.Embedding(100, 16, sparse=True), nn.Linear(16, 16)), state)
+        results[name] = None
+        try:
+            model(torch.arange(8) + rank).sum().backward()
+        except TypeError as e:
+            results[name] = str(e)
+    return results
+
+
 def on_gpu(rank: int, world: int, folder: str) -> None:
     """Two ranks on one GPU, which gloo serves too (NCCL wants one each): the hook's own stream, against the CPU."""
     torch.set_num_threads(1)

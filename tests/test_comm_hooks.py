@@ -18,6 +18,7 @@ from dynfed_lightning.comm_hooks import (
     GradientCompression,
     LowRankState,
     QuantizedState,
+    Traffic,
     low_rank_hook,
     quantized_hook,
 )
@@ -399,19 +400,37 @@ def test_wrong_states_and_gradients() -> None:
         GradientCompression(object())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="floating point, but got torch.int64"):
         LowRankState().run(FakeBucket([torch.zeros(2)], [torch.zeros(2, dtype=torch.int64)]))  # type: ignore[arg-type]
+    bucket.flat = torch.eye(2).to_sparse()
+    for state in (LowRankState(start_step=9), QuantizedState(), QuantizedState(None)):
+        with pytest.raises(TypeError, match="to be dense, but got sparse_coo: `sparse=False` in the embedding"):
+            state.run(bucket)
+        assert state.step == state.traffic.dense_payload == 0
 
 
 def test_wrong_checkpoints() -> None:
     net = module({"w": (4, 4)})
-    good = {"step": 1, "traffic": {}, "parameters": {}}
+    traffic = Traffic(steps=1).as_dict()
+    good = {"step": 1, "traffic": traffic, "parameters": {"w": {"warm_start": torch.ones(4, 2)}}}
+    LowRankState().load_state_dict(good, net)
     with pytest.raises(ValueError, match="what `state_dict` returned, but got list"):
         LowRankState().load_state_dict([], net)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="no parameter 'v'"):
-        LowRankState().load_state_dict({**good, "parameters": {"v": {}}}, net)
-    with pytest.raises(ValueError, match="residual of 'w' to have 16 values, but got 3"):
-        LowRankState().load_state_dict({**good, "parameters": {"w": {"residual": torch.zeros(3)}}}, net)
-    with pytest.raises(ValueError, match="`state\\['step'\\]`"):
-        LowRankState().load_state_dict({**good, "step": -1}, net)
+    for change, match in (
+        ({"step": -1}, "`state\\['step'\\]`"),
+        ({"traffic": {**traffic, "bytes": 1}}, "entries of Traffic, but \\['bytes'\\] differ"),
+        ({"traffic": {}}, "entries of Traffic, but \\['dense_payload'"),
+        ({"traffic": {**traffic, "wire": 0.5}}, "`state\\['traffic'\\]\\['wire'\\]` to be an integer"),
+        ({"traffic": None}, "`state\\['traffic'\\]` to be a dict, but got NoneType"),
+        ({"parameters": []}, "`state\\['parameters'\\]` to be a dict, but got list"),
+        ({"parameters": {"w": 1}}, "`state\\['parameters'\\]\\['w'\\]` to be a dict, but got int"),
+        ({"parameters": {"v": {}}}, "no parameter 'v'"),
+        ({"parameters": {"w": {"residual": torch.zeros(3)}}}, "residual of 'w' to have 16 values, but got 3"),
+        ({"parameters": {"w": {"residual": "x"}}}, "residual of 'w' to be a tensor of floats, but got 'x'"),
+        ({"parameters": {"w": {"warm_start": torch.ones(3, 2)}}}, "4 rows .* but got shape \\(3, 2\\)"),
+        ({"parameters": {"w": {"warm_start": torch.ones(4)}}}, "4 rows .* but got shape \\(4,\\)"),
+        ({"parameters": {"w": {"warm_start": torch.ones(4, 0)}}}, "one column or more"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            LowRankState().load_state_dict({**good, **change}, net)
 
 
 def test_a_rank_that_fails_does_not_hang_the_others() -> None:
