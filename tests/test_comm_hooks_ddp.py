@@ -1,4 +1,4 @@
-"""The communication hooks on two processes that speak gloo: under torch's DDP (started once, for all checks) and Lightning."""
+"""The communication hooks on two processes that speak gloo: under torch's DDP (started once, for all short checks), Lightning."""
 
 from __future__ import annotations
 
@@ -26,16 +26,14 @@ from dynfed_lightning.comm_hooks import (
 Results = Callable[[str], list[Any]]
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+def run(folder: Path, names: list[str]) -> Results:
     """What a check returned, on each rank."""
-    folder = tmp_path_factory.mktemp("ranks")
-    processes(comm_workers.work, 2, str(folder), list(comm_workers.CHECKS))
+    processes(comm_workers.work, 2, str(folder), names)
 
     def of(name: str) -> list[Any]:
         found = []
         for rank in range(2):
-            file = Path(folder) / f"{name}.{rank}"
+            file = folder / f"{name}.{rank}"
             assert file.is_file(), f"{name} was not reached: an earlier check failed"
             verdict, value = torch.load(file, weights_only=True)
             assert verdict == "done", value
@@ -45,14 +43,21 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return of
 
 
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Of all checks that take a few steps only: two processes for them together."""
+    return run(tmp_path_factory.mktemp("ranks"), [name for name in comm_workers.CHECKS if name != "training"])
+
+
 def test_lossless_settings_are_plain_ddp(results: Results) -> None:
     for found in results("lossless"):
         assert found["full rank"] <= 1e-6
         assert found["no bits"] == found["later"] == 0.0
 
 
-def test_training_reaches_the_loss_of_plain_ddp(results: Results) -> None:
-    found, other = results("training")
+@pytest.mark.slow
+def test_training_reaches_the_loss_of_plain_ddp(tmp_path: Path) -> None:
+    found, other = run(tmp_path, ["training"])("training")
     assert all(value[1] for value in [*found.values(), *other.values()]), "ranks differ in their weights"
     loss = {name: value[0] for name, value in found.items()}
     for name in comm_workers.LOSSLESS_ENOUGH:
@@ -111,6 +116,13 @@ def test_a_step_that_is_not_finite_leaves_no_trace(results: Results) -> None:
         for poisoned, finite, difference in found.values():
             assert poisoned and finite
             assert difference < 0.05
+
+
+def test_sparse_gradients_are_refused(results: Results) -> None:
+    """Ranks would drift apart in silence."""
+    for found in results("sparse"):
+        assert set(found) == {"rank", "bits"}
+        assert all(message and "`sparse=False` in the embedding" in message for message in found.values()), found
 
 
 def fit(
