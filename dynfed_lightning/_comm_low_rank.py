@@ -49,7 +49,8 @@ class LowRankState(CommState):
         ValueError: an argument outside of what is said above.
 
     A matrix in which any rank has NaN or infinity comes out as NaN everywhere on every rank; what is remembered of it stays as it
-    was. Convolutions are matrices of output channels x all else. Float64 gradients are treated in float64.
+    was. Convolutions are matrices of output channels x all else. Float64 gradients are treated in float64. With a loss scaler
+    (``"16-mixed"``), what was fed back into a step that is then skipped is lost: see `comm_hooks`.
     """
 
     def __init__(

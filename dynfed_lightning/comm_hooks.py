@@ -12,7 +12,10 @@ Both feed back what they lose, work with gloo and NCCL, gradient accumulation, u
 any floating dtype, and give every rank the same gradients. A state may be made before there are processes. With one rank nothing
 travels, and gradients stay as they are. What a parameter still had outstanding when nobody uses it any longer is never applied.
 
-Under ``precision="16-mixed"`` what is remembered is in units of the loss scale: `GradientCompression` follows its changes.
+Under ``precision="16-mixed"`` what is remembered is in units of the loss scale: `GradientCompression` follows its changes. When
+the scaler skips a step (an overflow in any parameter), what had been fed back into that step's gradients is lost where they were
+finite, since the hooks cannot know that they will not be applied; where they were not, it is kept. A `start_step` past the steps
+in which the scale settles avoids most of that; ``"bf16-mixed"`` has no scaler and no such loss.
 """
 
 # No `from __future__ import annotations` here: DDP reads the hooks' annotations and accepts no strings.
@@ -43,7 +46,7 @@ def low_rank_hook(state: LowRankState, bucket: dist.GradBucket) -> torch.futures
         A future of the bucket's buffer, the same on every rank.
 
     Raises:
-        TypeError: another state, or gradients that are not floating point.
+        TypeError: another state, or gradients that are sparse (``nn.Embedding(sparse=True)``) or not floating point.
     """
     return _checked(state, LowRankState).run(bucket)
 
@@ -59,7 +62,7 @@ def quantized_hook(state: QuantizedState, bucket: dist.GradBucket) -> torch.futu
         A future of the bucket's buffer, the same on every rank.
 
     Raises:
-        TypeError: another state, or gradients that are not floating point.
+        TypeError: another state, or gradients that are sparse (``nn.Embedding(sparse=True)``) or not floating point.
     """
     return _checked(state, QuantizedState).run(bucket)
 
