@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -269,8 +269,12 @@ class FederatedDataModule(L.LightningDataModule):
     @property
     def vocab_size(self) -> int | None:
         """How many embeddings a model of the text needs; ``None`` for other data."""
-        table = self._ready().table
-        return table.vocab_size if isinstance(table, Texts) else None
+        split = self._ready()
+        sizes = [t.vocab_size for t in (split.table, split.test) if isinstance(t, Texts)]
+        shown = split.public.inputs if split.public is not None else None
+        if isinstance(shown, Mapping) and "input_ids" in shown and len(shown["input_ids"]):
+            sizes.append(int(shown["input_ids"].max()) + 1)
+        return max(sizes) if isinstance(split.table, Texts) else None
 
     @property
     def longest_text(self) -> int | None:
@@ -344,7 +348,7 @@ class FederatedDataModule(L.LightningDataModule):
         table, text = split.table, []
         if isinstance(table, Texts):
             mean = len(table.tokens) / len(table)
-            text = [("text", f"{mean:.1f} tokens a row, at most {table.max_length}; vocabulary {table.vocab_size}")]
+            text = [("text", f"{mean:.1f} tokens a row, at most {table.max_length}; vocabulary {self.vocab_size}")]
         lines = [
             ("dataset", f"{shown}: {len(split.table)} training rows, {self.num_classes} classes"),
             *text,

@@ -16,8 +16,8 @@ from torch.utils.data import IterableDataset, TensorDataset
 from dynfed_lightning.arrays import LABELS, Arrays, Options, Samples, Table, Texts, codes, pick
 from dynfed_lightning.images import missing
 from dynfed_lightning.partition import stratified_order
-from dynfed_lightning.tables import from_hf, load_hub, load_image_folder, read_parquet
-from dynfed_lightning.text_table import TEXTS, tokenised
+from dynfed_lightning.tables import _IDS, _IMAGES, from_hf, load_hub, load_image_folder, read_parquet
+from dynfed_lightning.text_table import from_ids, text_columns, tokenised
 
 
 @dataclass(frozen=True)
@@ -134,22 +134,29 @@ def _lists(texts: Sequence[Any], labels: Any, o: Options) -> Texts:
         raise ValueError(f"Expected as many texts as labels, but got {len(texts)} and {len(labels)}.")
     if o.partition_column is not None or o.text_column is not None:
         raise ValueError("Expected `partition_column` and `text_column` to be None for a list of texts.")
-    values = [_item(v) for v in labels]
-    names = None
-    if all(isinstance(v, str) for v in values):
-        y, names = codes(values, o.class_names)
-    else:
-        y = torch.as_tensor(np.asarray(values))
-        if y.dtype.is_floating_point or y.ndim != 1:
-            raise ValueError(f"Expected labels to be integers of shape [n], but got {y.dtype} {list(y.shape)}.")
+    y, names = _labels(labels, o)
     first, second = list(texts), None
     if not isinstance(texts[0], str):
         wrong = next((i for i, t in enumerate(texts) if not isinstance(t, tuple | list) or len(t) != 2), None)
         if wrong is not None:
             raise ValueError(f"Expected two texts in every row, but got {texts[wrong]!r} in row {wrong}.")
         first, second = [t[0] for t in texts], [t[1] for t in texts]
-    count = len(names) if names else int(y.max()) + 1
-    return tokenised(first, second, y.long(), count, o, class_names=names)
+    return tokenised(first, second, y, _count(y, names), o, class_names=names)
+
+
+def _labels(labels: Any, o: Options) -> tuple[Tensor, tuple[str, ...] | None]:
+    """Labels as int64 ``[n]``, and the classes' names where they were strings."""
+    values = [_item(v) for v in labels]
+    if all(isinstance(v, str) for v in values):
+        return codes(values, o.class_names)
+    y = torch.as_tensor(np.asarray(values))
+    if y.dtype.is_floating_point or y.ndim != 1:
+        raise ValueError(f"Expected labels to be integers of shape [n], but got {y.dtype} {list(y.shape)}.")
+    return y.long(), None
+
+
+def _count(labels: Tensor, names: Sequence[str] | None) -> int:
+    return len(names) if names else int(labels.max()) + 1
 
 
 def _samples(dataset: Any, o: Options) -> Samples | Texts:
@@ -159,12 +166,13 @@ def _samples(dataset: Any, o: Options) -> Samples | Texts:
         key = pick(o.label_column, [c for c in LABELS if c in first], list(first), "label_column")
     elif not (isinstance(first, tuple | list) and len(first) == 2):
         raise TypeError(f"Expected samples (input, label) or mappings, but the first is a {type(first).__name__}.")
-    text = _text_key(first, key, o)
-    if text is not None:
+    if isinstance(first, Mapping):
+        columns = _text_columns(first, key, o)
+        if columns is not None:
+            return _texts(dataset, columns, key, o)
+    elif isinstance(first[0], str) or strings([first[0]]):
         every = [dataset[i] for i in range(len(dataset))]
-        return _lists(
-            [s[text] for s in every], [s[1 if key is None else key] for s in every], replace(o, text_column=None)
-        )
+        return _lists([s[0] for s in every], [s[1] for s in every], replace(o, text_column=None))
     groups, column, labels = None, o.partition_column, getattr(dataset, "targets", None) if key is None else None
     if column is not None and (key is None or column not in first):
         raise ValueError(f"Expected `partition_column` to be one of {list(first) if key else []}, but got {column!r}.")
@@ -182,16 +190,39 @@ def _samples(dataset: Any, o: Options) -> Samples | Texts:
     return Samples(dataset, y.long(), int(y.max()) + 1, groups, key)
 
 
-def _text_key(sample: Any, label: str | None, o: Options) -> Any:
-    """Where a sample has its text, if it is one: 0 in a pair, a key in a mapping."""
-    if label is None:
-        return 0 if isinstance(sample[0], str) else None
-    if "input_ids" in sample:
-        return None
+def _text_columns(sample: Mapping[str, Any], label: str | None, o: Options) -> tuple[str, ...] | None:
+    """A mapping's keys of text or of token ids, chosen as a table's columns are; ``None`` where it holds something else."""
+    if o.text_column is None:
+        if o.image_column is not None or any(k in sample for k in _IMAGES):
+            return None
+        if "input_ids" in sample:
+            return tuple(k for k in _IDS if k in sample)
     texts = [k for k, v in sample.items() if isinstance(v, str) and k not in (label, o.partition_column)]
-    if isinstance(o.text_column, str):
-        return pick(o.text_column, (), list(sample), "text_column")
-    return next((k for k in TEXTS if k in texts), texts[0] if len(texts) == 1 else None)
+    return text_columns(texts, list(sample), o)
+
+
+def _texts(dataset: Any, columns: Sequence[str], label: str | None, o: Options) -> Texts:
+    """Mappings with text, or with token ids of any lengths, read once."""
+    group = o.partition_column
+    wanted = [*columns, label, *([group] if group else [])]
+    values: dict[Any, list[Any]] = {name: [] for name in wanted}
+    for i in range(len(dataset)):
+        sample = dataset[i]
+        lacking = next((name for name in wanted if name not in sample), None)
+        if lacking is not None:
+            raise ValueError(f"Expected every sample to have {lacking!r}, but number {i} has {list(sample)}.")
+        for name in wanted:
+            values[name].append(sample[name])
+    y, names = _labels(values[label], o)
+    groups = codes([_item(v) for v in values[group]])[0] if group else None
+    if "input_ids" in columns and o.text_column is None:
+        ids, mask, types = (values.get(name) for name in _IDS)
+        return from_ids(ids, mask, types, y, _count(y, names), o, groups=groups, class_names=names)
+    second = values[columns[1]] if len(columns) > 1 else None
+    column = " and ".join(columns)
+    return tokenised(
+        values[columns[0]], second, y, _count(y, names), o, column=column, groups=groups, class_names=names
+    )
 
 
 def _item(value: Any) -> Any:

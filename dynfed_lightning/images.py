@@ -133,4 +133,5 @@ def write_cache(file: Path, tensors: dict[str, Tensor], notes: dict[str, str]) -
     except OSError as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
-        warnings.warn(f"Decoded images are not cached, since {file.parent} cannot be written: {error}", stacklevel=2)
+        what = "Tokens" if notes.get("kind") == "tokens" else "Decoded images"
+        warnings.warn(f"{what} are not cached, since {file.parent} cannot be written: {error}", stacklevel=2)

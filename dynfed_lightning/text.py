@@ -9,9 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
+import tempfile
+import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +25,19 @@ from torch import Tensor
 from dynfed_lightning.images import missing
 from dynfed_lightning.partition import check_int
 
-_FORMAT = "dynfed words"
+_FORMAT, _FORMAT_VERSION = "dynfed words", 2  # 2: words keep their combining marks
+# What can be changed on a tokeniser of transformers after it was made, and changes its ids.
+_SETTINGS = (
+    "truncation_side",
+    "special_tokens_map",
+    "added_tokens_decoder",
+    "model_input_names",
+    "add_bos_token",
+    "add_eos_token",
+    "add_prefix_space",
+    "do_lower_case",
+    "split_special_tokens",
+)
 _PADS = ("[PAD]", "<pad>", "<|endoftext|>", "</s>")
 
 
@@ -60,7 +76,8 @@ class WordTokenizer(TextTokenizer):
     """Words and punctuation marks as ids; needs nothing but Python.
 
     A text becomes ``[CLS] w1 w2 ... [SEP]``, a pair ``[CLS] a ... [SEP] b ... [SEP]``; a word that is not in the vocabulary is
-    ``[UNK]``. Ids 0 to 3 are ``[PAD] [UNK] [CLS] [SEP]``.
+    ``[UNK]``. Ids 0 to 3 are ``[PAD] [UNK] [CLS] [SEP]``. Text is brought into Unicode's composed form (NFC), and combining
+    marks, such as the vowel signs of Hindi, belong to the word they stand in.
 
     Args:
         words: the vocabulary without the special tokens, in order.
@@ -76,7 +93,7 @@ class WordTokenizer(TextTokenizer):
     SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
     def __init__(self, words: Sequence[str], lower: bool = True) -> None:
-        self.words, self.lower = list(words), bool(lower)
+        self.words, self.lower = [unicodedata.normalize("NFC", w) for w in words], bool(lower)
         self._ids = {w: i for i, w in enumerate(self.words, len(self.SPECIAL))}
         if len(self._ids) != len(self.words):
             raise ValueError("Expected `words` to be distinct, but some are there twice.")
@@ -97,15 +114,20 @@ class WordTokenizer(TextTokenizer):
         return cls(ordered[: size - len(cls.SPECIAL)], lower)
 
     def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None, max_length: int = 128) -> list[Row]:
-        """See `TextTokenizer.encode`; of a pair the longer text is cut first."""
+        """See `TextTokenizer.encode`; of a pair the longer text is cut first.
+
+        Raises:
+            ValueError: `max_length` has no room for the special tokens: 2 of a text, 3 of a pair.
+        """
+        check_int("max_length", max_length, 2 if pairs is None else 3)
         rows = []
         for i, text in enumerate(texts):
             a = [self._ids.get(w, 1) for w in _words(text, self.lower)]
             if pairs is None:
-                rows.append(Row([2, *a[: max(0, max_length - 2)], 3], min(len(a), max_length - 2) + 2))
+                rows.append(Row([2, *a[: max_length - 2], 3], min(len(a), max_length - 2) + 2))
                 continue
             b = [self._ids.get(w, 1) for w in _words(pairs[i], self.lower)]
-            room = max(0, max_length - 3)
+            room = max_length - 3
             if len(a) + len(b) > room:
                 half = room // 2
                 keep = max(half, room - len(b)) if len(a) > half else len(a)
@@ -119,7 +141,8 @@ class WordTokenizer(TextTokenizer):
 
     def _json(self) -> str:
         return json.dumps(
-            {"format": _FORMAT, "version": 1, "lower": self.lower, "words": self.words}, ensure_ascii=False
+            {"format": _FORMAT, "version": _FORMAT_VERSION, "lower": self.lower, "words": self.words},
+            ensure_ascii=False,
         )
 
     def save(self, path: str | Path) -> Path:
@@ -133,10 +156,15 @@ class WordTokenizer(TextTokenizer):
         """Read what `save` wrote.
 
         Raises:
-            ValueError: another kind of file.
+            ValueError: another kind of file, or one of an older version, which split words in another way.
         """
         found = _json_of(Path(path))
-        if found.get("format") != _FORMAT or found.get("version") != 1:
+        if found.get("format") == _FORMAT and found.get("version") != _FORMAT_VERSION:
+            raise ValueError(
+                f"Expected {path} to be a vocabulary of version {_FORMAT_VERSION}, but got version "
+                f"{found.get('version')}, whose words were split differently: train and save it again."
+            )
+        if found.get("format") != _FORMAT:
             raise ValueError(
                 f"Expected {path} to be a vocabulary that WordTokenizer.save wrote, but it is another file."
             )
@@ -175,6 +203,8 @@ class _LearnedWords(TextTokenizer):
 class LightTokenizer(TextTokenizer):
     """A tokeniser of the `tokenizers` library; a copy of it, so that no setting of the user's is changed.
 
+    Of the user's truncation the direction is kept: which end of a long text is cut off.
+
     Args:
         tokenizer: a ``tokenizers.Tokenizer``; its post-processor adds the special tokens.
     """
@@ -183,6 +213,8 @@ class LightTokenizer(TextTokenizer):
         own = type(tokenizer).from_str(tokenizer.to_str())
         own.no_padding()
         own.no_truncation()
+        own.encode_special_tokens = tokenizer.encode_special_tokens  # not in the string
+        self._direction = (tokenizer.truncation or {}).get("direction", "right")
         self._text, self._tokenizer, self._length = own.to_str(), own, 0
         self.vocab_size = max(own.get_vocab(with_added_tokens=True).values()) + 1
         padding = tokenizer.padding
@@ -192,14 +224,14 @@ class LightTokenizer(TextTokenizer):
     def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None, max_length: int = 128) -> list[Row]:
         """See `TextTokenizer.encode`."""
         if self._length != max_length:
-            self._tokenizer.enable_truncation(max_length)
+            self._tokenizer.enable_truncation(max_length, direction=self._direction)
             self._length = max_length
         rows = self._tokenizer.encode_batch(list(texts) if pairs is None else list(zip(texts, pairs, strict=True)))
         return [Row(r.ids, len(r.ids) if pairs is None else _zeros(r.type_ids)) for r in rows]
 
     @property
     def fingerprint(self) -> str:
-        return _digest(self._text)
+        return _digest(f"{self._direction} {self._tokenizer.encode_special_tokens} {self._text}")
 
 
 class HubTokenizer(TextTokenizer):
@@ -228,10 +260,17 @@ class HubTokenizer(TextTokenizer):
 
     @property
     def fingerprint(self) -> str:
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        told = backend.to_str() if backend is not None else json.dumps(sorted(self.tokenizer.get_vocab().items()))
-        settings = {k: str(v) for k, v in sorted(self.tokenizer.init_kwargs.items())}
-        return _digest(f"{type(self.tokenizer).__name__} {settings} {told}")
+        given = self.tokenizer
+        backend = getattr(given, "backend_tokenizer", None)
+        told: Any
+        if backend is None:
+            told = [sorted(given.get_vocab().items()), _vocabulary_files(given)]
+        else:
+            # Every call sets the backend's truncation and padding: what is left of the last one must not count.
+            told = {**json.loads(backend.to_str()), "truncation": None, "padding": None}
+        settings = {k: v for k, v in given.init_kwargs.items() if k != "name_or_path" and not k.endswith("_file")}
+        also = {name: getattr(given, name, None) for name in _SETTINGS}
+        return _digest(json.dumps(_plain([type(given).__name__, settings, also, told]), sort_keys=True))
 
 
 def load_tokenizer(source: Any) -> TextTokenizer:
@@ -290,13 +329,54 @@ def encode_batch(
 
     Returns:
         ``input_ids`` and ``attention_mask``, for pairs ``token_type_ids`` too, int64 ``[B, T]``.
+
+    Raises:
+        TypeError: a string where a list of them is expected.
+        ValueError: another number of pairs than of texts.
     """
+    for name, values in (("texts", texts), ("pairs", pairs)):
+        if isinstance(values, str):
+            raise TypeError(f"Expected `{name}` to be a list of strings, but got a string: {values[:40]!r}.")
+    if pairs is not None and len(pairs) != len(texts):
+        raise ValueError(f"Expected as many `pairs` as `texts`, but got {len(pairs)} and {len(texts)}.")
     own = load_tokenizer(tokenizer)
     return pad_rows(own.encode(texts, pairs, max_length), own.pad_token_id, pairs is not None)
 
 
 def _words(text: str, lower: bool) -> list[str]:
-    return re.findall(r"\w+|[^\w\s]", text.lower() if lower else text)
+    text = text.lower() if lower else text
+    if text.isascii():
+        return re.findall(r"\w+|[^\w\s]", text)
+    return _any_script().findall(unicodedata.normalize("NFC", text))
+
+
+@cache
+def _any_script() -> re.Pattern[str]:
+    r"""Words and single other characters. ``\w`` has no combining marks (Mn, Mc), which would tear words apart."""
+    marks = [chr(c) for c in range(sys.maxunicode + 1) if unicodedata.category(chr(c)) in ("Mn", "Mc")]
+    return re.compile(rf"\w[\w{re.escape(''.join(marks))}]*|[^\w\s]")
+
+
+def _plain(value: Any) -> Any:
+    """As JSON can say it, without any object's address."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return sorted(map(str, value)) if isinstance(value, set | frozenset) else [_plain(v) for v in value]
+    if value is None or isinstance(value, str | int | float):
+        return value
+    return repr(value) if hasattr(value, "content") else type(value).__name__  # an AddedToken with its flags
+
+
+def _vocabulary_files(tokenizer: Any) -> Any:
+    """Of a tokeniser in Python what it saves, such as merges or a SentencePiece model; else its attributes."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            tokenizer.save_vocabulary(folder)
+        except (NotImplementedError, AttributeError, OSError, TypeError, ValueError):
+            return _plain(vars(tokenizer))
+        files = sorted(f for f in Path(folder).rglob("*") if f.is_file())
+        return [(f.name, hashlib.sha256(f.read_bytes()).hexdigest()) for f in files]
 
 
 def _zeros(types: Sequence[int]) -> int:
@@ -340,7 +420,9 @@ def _word_pieces(file: Path, config: Path) -> TextTokenizer:
     """BERT's tokeniser over a ``vocab.txt``, one piece a line; lower case unless the configuration beside it says otherwise."""
     from tokenizers.implementations import BertWordPieceTokenizer
 
-    pieces = file.read_text(encoding="utf-8").splitlines()
+    pieces = file.read_text(encoding="utf-8").split("\n")  # other line separators, such as U+2028, are pieces
+    if not pieces[-1]:
+        pieces.pop()
     lacking = [t for t in WordTokenizer.SPECIAL if t not in pieces]
     if lacking:
         raise ValueError(

@@ -15,7 +15,7 @@ from dynfed_lightning.arrays import Options, Texts
 from dynfed_lightning.images import CACHE_FROM, cache_folder, read_cache, write_cache
 from dynfed_lightning.text import TextTokenizer, load_tokenizer
 
-_VERSION = "1"
+_VERSION = "2"
 _CHUNK = 2048  # texts tokenised at a time: what is in memory as lists of Python integers
 TEXTS = ("sentence", "text", "content", "review", "document", "comment", "tweet", "headline", "question")
 PAIRS = (
@@ -122,12 +122,13 @@ def from_ids(
     """A table from columns that somebody has tokenised already; rows may differ in length, and padding is taken out.
 
     Args:
-        ids: Arrow column of lists of integers, ``input_ids``.
+        ids: ``input_ids``: an Arrow column of lists of integers, or a list of lists or of int tensors ``[T]``.
         mask: ``attention_mask``, or ``None``.
         types: ``token_type_ids``, or ``None``.
         labels: int64 ``[n]``, as the others: see `tokenised`.
         num_classes: C.
-        o: with a tokeniser its padding and vocabulary count, without it 0 and the largest id there is.
+        o: with a tokeniser its padding and vocabulary count, without it 0 and the largest id there is. Rows of more than
+            `max_length` tokens are cut before their last one, which is the separator in most.
         groups: see `Texts`, as `class_names`.
 
     Raises:
@@ -141,9 +142,12 @@ def from_ids(
         kept = _like(mask, "attention_mask", lengths) != 0
     if types is not None:
         kinds = _like(types, "token_type_ids", lengths)
-        if kinds.any():
-            first = np.bincount(rows[kept], weights=kinds[kept] == 0, minlength=len(lengths)).astype(np.int32)
     counts = np.bincount(rows[kept], minlength=len(lengths))
+    place = np.cumsum(kept) - 1 - (np.cumsum(counts) - counts)[rows]
+    kept &= (place < o.max_length - 1) | (place == counts[rows] - 1)
+    counts = np.minimum(counts, o.max_length)
+    if types is not None and kinds.any():
+        first = np.bincount(rows[kept], weights=kinds[kept] == 0, minlength=len(lengths)).astype(np.int32)
     if not counts.all():
         raise ValueError(f"Expected tokens in every row of `input_ids`, but row {int(counts.argmin())} has none.")
     tokenizer = None if o.tokenizer is None else load_tokenizer(o.tokenizer)
@@ -161,7 +165,9 @@ def from_ids(
 
 
 def _flat(column: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """An Arrow column of lists as all its values and the rows' lengths."""
+    """A column of lists, Arrow's or a plain list, as all its values and the rows' lengths."""
+    if isinstance(column, list):
+        return _flat_rows(column, name)
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -173,6 +179,18 @@ def _flat(column: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"Expected a list in every row of `{name}`, but {column.null_count} have none.")
     values = pc.list_flatten(column)
     return values.to_numpy(zero_copy_only=False), pc.list_value_length(column).to_numpy().astype(np.int64)
+
+
+def _flat_rows(column: list[Any], name: str) -> tuple[np.ndarray, np.ndarray]:
+    rows = []
+    for i, row in enumerate(column):
+        values = None if row is None else np.asarray(row)
+        if values is None or values.ndim != 1 or (values.size and values.dtype.kind not in "iub"):
+            what = "nothing" if values is None else f"{values.dtype} {list(values.shape)}"
+            raise ValueError(f"Expected a list of integers in every row of `{name}`, but row {i} has {what}.")
+        rows.append(values.astype(np.int64))
+    flat = np.concatenate(rows) if rows else np.zeros(0, np.int64)
+    return flat, np.asarray([len(r) for r in rows], np.int64)
 
 
 def _like(column: Any, name: str, lengths: np.ndarray) -> np.ndarray:

@@ -132,3 +132,113 @@ def test_an_unknown_name_says_what_is_expected(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     with pytest.raises(ValueError, match="'no/such' is no path and could not be loaded"):
         load_tokenizer("no/such")
+
+
+def whole_words(**options: Any) -> Any:
+    """A fast tokeniser of transformers with words w0 to w9, ids 4 to 13."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    words = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(10))])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, **{**special, **options})
+
+
+LONG = " ".join(f"w{i}" for i in range(10))
+
+
+def test_fingerprints_differ_where_ids_may() -> None:
+    given = whole_words()
+    right, left = load_tokenizer(given), load_tokenizer(whole_words(truncation_side="left"))
+    before = right.fingerprint
+    assert right.encode([LONG], None, 5)[0].ids == [2, 4, 5, 6, 3]
+    assert left.encode([LONG], None, 5)[0].ids == [2, 11, 12, 13, 3]
+    assert before == right.fingerprint  # a call sets the backend's truncation
+    assert given(["w1", "w1 w2"], padding=True)["input_ids"] and right.fingerprint == before
+    assert before == load_tokenizer(whole_words()).fingerprint != left.fingerprint
+    given.truncation_side = "left"  # after it was made
+    assert right.fingerprint != before
+    given.truncation_side = "right"
+    assert right.fingerprint == before
+    given.add_special_tokens({"additional_special_tokens": ["w3 w4"]})
+    assert right.fingerprint != before
+
+
+def test_tokenisers_in_python_are_told_apart_by_their_merges(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+
+    class Halves(transformers.PreTrainedTokenizer):  # what a user may bring
+        def __init__(self, merges: str, **options: Any) -> None:
+            self.merges = merges
+            super().__init__(**options)
+
+        vocab_size = 4
+
+        def get_vocab(self) -> dict[str, int]:
+            return {"a": 0, "b": 1, "ab": 2, "ba": 3}
+
+        def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
+            file = Path(save_directory) / "merges.txt"
+            file.write_text(self.merges)
+            return (str(file),)
+
+    class Silent(Halves):
+        def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
+            raise NotImplementedError
+
+    for kind in (Halves, Silent):
+        one, same, other = (load_tokenizer(kind(m)).fingerprint for m in ("a b", "a b", "b a"))
+        assert one == same != other, kind
+
+
+def test_the_light_library_keeps_which_end_is_cut() -> None:
+    backend = whole_words().backend_tokenizer
+    plain = load_tokenizer(backend)
+    backend.enable_truncation(3, direction="left")
+    left = load_tokenizer(backend)
+    assert plain.encode([LONG], None, 5)[0].ids == [2, 4, 5, 6, 3]
+    assert left.encode([LONG], None, 5)[0].ids == [2, 11, 12, 13, 3]
+    assert plain.fingerprint != left.fingerprint and backend.truncation["max_length"] == 3
+
+
+def test_pieces_are_lines_and_nothing_else(tmp_path: Path) -> None:
+    """U+2028, U+0085 and the like are pieces of real vocabularies, and no ends of lines."""
+    pytest.importorskip("tokenizers")
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "\u2028", "\x85", "good", "film"]
+    (tmp_path / "vocab.txt").write_bytes("\n".join(pieces).encode())
+    without = load_tokenizer(tmp_path / "vocab.txt")
+    assert without.encode(["good film"])[0].ids == [2, 6, 7, 3] and without.vocab_size == 8
+    (tmp_path / "vocab.txt").write_bytes("\n".join(pieces).encode() + b"\n")
+    assert load_tokenizer(tmp_path / "vocab.txt").fingerprint == without.fingerprint
+
+
+def test_words_keep_their_marks() -> None:
+    hindi = "\u0939\u093f\u0928\u094d\u0926\u0940"
+    assert WordTokenizer.train([f"{hindi}, {hindi}!"]).words == [hindi, "!", ","]
+    apart, composed = "cafe\u0301", "caf\u00e9"
+    made = WordTokenizer.train([apart])
+    assert made.words == [composed] == WordTokenizer([apart]).words
+    assert made.encode([apart, composed, "CAFE\u0301"])[0].ids == [2, 4, 3] == made.encode([composed.upper()])[0].ids
+
+
+def test_vocabularies_of_the_old_splitting_are_refused(tmp_path: Path) -> None:
+    file = WordTokenizer(["a"]).save(tmp_path / "words.json")
+    file.write_text(file.read_text().replace('"version": 2', '"version": 1'))
+    with pytest.raises(ValueError, match="of version 2, but got version 1, .*: train and save it again"):
+        load_tokenizer(file)
+
+
+def test_lengths_and_strings_that_cannot_be_meant() -> None:
+    made = WordTokenizer(["a", "b"])
+    assert made.encode(["a b"], None, 2)[0] == ([2, 3], 2) and made.encode(["a"], ["b"], 3)[0] == ([2, 3, 3], 2)
+    with pytest.raises(ValueError, match="`max_length` to be an integer of at least 2, but got 1"):
+        made.encode(["a b"], None, 1)
+    with pytest.raises(ValueError, match="`max_length` to be an integer of at least 3, but got 2"):
+        made.encode(["a b"], ["a"], 2)
+    with pytest.raises(TypeError, match="`texts` to be a list of strings, but got a string: 'a b'"):
+        encode_batch(made, "a b")
+    with pytest.raises(TypeError, match="`pairs` to be a list of strings, but got a string: 'ab'"):
+        encode_batch(made, ["a", "b"], "ab")
+    with pytest.raises(ValueError, match="as many `pairs` as `texts`, but got 2 and 1"):
+        encode_batch(made, ["a"], ["a", "b"])

@@ -290,3 +290,89 @@ def test_natural_partition_of_texts(tmp_path: Path) -> None:
     )
     assert data.num_clients == 3 and data.client(0).train_rows.tolist() == [0, 2]
     assert [len(b["labels"]) for b in data.val_dataloader()] == [3, 1]
+
+
+def test_a_token_cache_that_cannot_be_written_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_table, "CACHE_FROM", 3)
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="Tokens are not cached, since"):
+        table = load_table((TEXTS, LABELS), options=Options(tokenizer=WORDS, cache_dir=tmp_path / "file"))
+    assert rows(table) == EXPECTED
+
+
+# ------------------------------------------------------- a user's own mappings
+
+
+def records(**columns: list[Any]) -> Records:
+    return Records([dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)])
+
+
+PAIRED = [[2, 4, 3, 6, 3], [2, 5, 3, 7, 3]]
+
+
+@pytest.mark.parametrize("names", [("question", "sentence"), ("premise", "hypothesis"), ("one", "two")])
+def test_pairs_in_mappings(names: tuple[str, str]) -> None:
+    source = records(**{names[0]: ["a", "b"], names[1]: ["c", "d"], "label": [0, 1], "who": ["z", "y"]})
+    chosen = names if names[0] == "one" else None
+    table = load_table(source, options=Options(tokenizer=WORDS, text_column=chosen, partition_column="who"))
+    assert rows(table) == PAIRED and table.first.tolist() == [3, 3]
+    assert table.labels.tolist() == [0, 1] and table.groups.tolist() == [1, 0]
+    swapped = Options(tokenizer=WORDS, text_column=names[::-1], partition_column="who")
+    assert rows(load_table(source, options=swapped)) == [[2, 6, 3, 4, 3], [2, 7, 3, 5, 3]]
+    one = load_table(source, options=Options(tokenizer=WORDS, text_column=names[1], partition_column="who"))
+    assert rows(one) == [[2, 6, 3], [2, 7, 3]] and one.first is None
+
+
+def test_pairs_in_samples() -> None:
+    assert rows(load_table(Records([(("a", "c"), 0), (("b", "d"), 1)]), options=O)) == PAIRED
+
+
+def test_mappings_whose_text_cannot_be_told() -> None:
+    with pytest.raises(ValueError, match=r"`text_column` to say which of \['foo', 'bar'\]"):
+        load_table(records(foo=["a", "b"], bar=["c", "d"], label=[0, 1]), options=O)
+    with pytest.raises(ValueError, match="`text_column` to be among the columns .* but got 'baz'"):
+        load_table(records(foo=["a"], label=[0]), options=Options(tokenizer=WORDS, text_column=("foo", "baz")))
+    with pytest.raises(ValueError, match="every sample to have 'text', but number 1 has"):
+        load_table(Records([{"text": "a", "label": 0}, {"label": 1}]), options=O)
+    image = load_table(records(image=[torch.zeros(1)] * 2, file=["x", "y"], label=[0, 1]))
+    assert not isinstance(image, Texts)  # a string beside an image is no text
+
+
+@pytest.mark.parametrize("kind", [list, torch.tensor])
+def test_token_ids_in_mappings(kind: Any) -> None:
+    ids = [[2, 4, 3], [2, 7, 7, 3, 9, 3], [2, 5, 3, 0, 0]]
+    mask = [[1, 1, 1], [1] * 6, [1, 1, 1, 0, 0]]
+    types = [[0] * 3, [0, 0, 0, 0, 1, 1], [0] * 5]
+    columns = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+    source = records(**{k: [kind(v) for v in values] for k, values in columns.items()}, label=["y", "x", "y"])
+    table = load_table(source, options=Options(max_length=5))
+    assert rows(table) == [[2, 4, 3], [2, 7, 7, 3, 3], [2, 5, 3]] and table.first.tolist() == [3, 4, 3]
+    assert (table.vocab_size, table.labels.tolist(), table.class_names) == (10, [1, 0, 1], ("x", "y"))
+    data = FederatedDataModule(source, IID(1), test=source, batch_size=3)
+    batch = next(iter(data.client(0).train_loader(0)))
+    assert set(batch) == {"input_ids", "attention_mask", "token_type_ids", "labels"}
+    assert batch["input_ids"].shape == (3, 6)
+    for wrong in (None, [0.5, 1.0], torch.ones(1, 4)):
+        with pytest.raises(ValueError, match="a list of integers in every row of `input_ids`, but row 1 has"):
+            load_table(records(input_ids=[[1], wrong], label=[0, 1]))
+
+
+def test_rows_that_are_tokenised_already_are_cut(tmp_path: Path) -> None:
+    ids = [[2, 10, 11, 12, 13, 14, 3, 0], [2, 3], [2, 10, 11, 3, 12, 13, 3], [2, 5, 6, 3]]
+    mask = [[1] * 7 + [0], [1] * 2, [1] * 7, [1] * 4]
+    types = [[0] * 8, [0] * 2, [0, 0, 0, 0, 1, 1, 1], [0] * 4]
+    columns = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types, "label": [0, 1, 0, 1]}
+    file = parquet(tmp_path / "x.parquet", **columns)
+    table = load_table(file, options=Options(max_length=5))
+    assert rows(table) == [[2, 10, 11, 12, 3], [2, 3], [2, 10, 11, 3, 3], [2, 5, 6, 3]]
+    assert table.first is not None and table.first.tolist() == [5, 2, 4, 4] and table.max_length == 5
+    assert rows(load_table(file, options=Options(max_length=7)))[2] == ids[2]
+
+
+def test_the_vocabulary_is_that_of_every_set(tmp_path: Path) -> None:
+    train = parquet(tmp_path / "a.parquet", input_ids=[[2, 5, 3], [2, 3]], label=[0, 1])
+    test = parquet(tmp_path / "b.parquet", input_ids=[[2, 9, 3], [2, 3]], label=[0, 1])
+    public = parquet(tmp_path / "c.parquet", input_ids=[[2, 11, 3], [2, 3]], label=[0, 1])
+    data = FederatedDataModule(str(train), IID(1), test=str(test))
+    assert data.vocab_size == 10 and "vocabulary 10" in data.summary()
+    assert FederatedDataModule(str(train), IID(1), test=str(test), public=str(public)).vocab_size == 12
