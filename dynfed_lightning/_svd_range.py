@@ -192,7 +192,8 @@ def _decide(batch: _Batch, w: np.ndarray, wanted: Wanted, passes: int, before: n
     least, width = min(batch.a.shape[1:]), w.shape[1]
     ranks = _ranks(w, batch, wanted)
     if wanted.energy is None:
-        return [_Plan(r, 0 if passes >= 3 else width) for r in ranks.tolist()]
+        # A sketch loses directions below sqrt(sqrt(`DROP`)) of the largest; the full Gram has them, if there are any.
+        return [_Plan(r, width if passes < 3 else 0 if r >= wanted.rank else -1) for r in ranks.tolist()]
     least_ranks = _least_ranks(w, batch, wanted.energy, passes, before).tolist()
     energies = batch.scaled_energies().tolist()
     plans = []
@@ -202,7 +203,10 @@ def _decide(batch: _Batch, w: np.ndarray, wanted: Wanted, passes: int, before: n
             rank = _predict(w[i], energies[i], wanted.energy, least)
         need = _round_up(1.15 * rank + OVERSAMPLE / 2, 16)  # few widths, few groups
         # Accurate: an exact decomposition would hardly do with less.
-        if enough and (rank - least_ranks[i] <= SLACK * rank or passes >= MOST_PASSES):
+        # One value too many for `max_rank`, which an exact decomposition might not need.
+        near = rank > wanted.cap >= least_ranks[i] and need <= width
+        accurate = rank - least_ranks[i] <= SLACK * rank and not near
+        if enough and (accurate or passes >= MOST_PASSES):
             plans.append(_Plan(rank if rank <= wanted.cap else -1, 0))
         elif need <= width:
             plans.append(_Plan(rank, width))

@@ -390,3 +390,35 @@ def test_wrong_tensors() -> None:
         ops.truncated_svd([[1.0]], energy=0.9)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="dense tensor"):
         ops.truncated_svd(torch.ones(2, 5, 4).to_sparse(), energy=0.9)
+
+
+@pytest.mark.parametrize("tail", [1e-2, 4e-4, 1e-5])
+def test_a_rank_is_kept_however_steep_the_spectrum(tail: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    s = torch.tensor([1.0] * 3 + [tail] * 20 + [tail / 10] * 20, dtype=torch.float64)
+    u, v = (torch.linalg.qr(torch.randn(n, len(s), dtype=torch.float64, generator=g)).Q for n in (300, 200))
+    a = (u * s @ v.mT).float()[None]
+    found = ops.truncated_svd(a, rank=10)
+    assert found.rank.tolist() == [10]
+    torch.testing.assert_close(found.S[0].double(), s[:10], rtol=1e-3, atol=0)
+    error = (a.double() - found.U.double() * found.S.double()[:, None] @ found.Vh.double()).square().sum()
+    assert float(error) <= 1.001 * float(s[10:].square().sum()) + 1e-12
+
+
+def test_a_matrix_of_lower_rank_gives_what_it_has() -> None:
+    g = torch.Generator().manual_seed(1)
+    a = torch.randn(1, 300, 4, generator=g) @ torch.randn(1, 4, 200, generator=g)
+    assert ops.truncated_svd(a, rank=10).rank.tolist() == [4]
+
+
+def test_max_rank_at_the_optimum_is_reached() -> None:
+    g = torch.Generator().manual_seed(2)
+    missed = 0
+    for _ in range(20):
+        power = 0.4 + 0.5 * float(torch.rand((), generator=g))
+        s = torch.arange(1, 201, dtype=torch.float64) ** -power
+        u, v = (torch.linalg.qr(torch.randn(n, 200, dtype=torch.float64, generator=g)).Q for n in (260, 200))
+        a = (u * s @ v.mT).float()[None]
+        best = int((s.square().cumsum(0) < 0.7 * s.square().sum()).sum()) + 1
+        missed += int(ops.truncated_svd(a, energy=0.7, max_rank=best).rank) == -1
+    assert missed == 0
