@@ -448,7 +448,7 @@ def test_inspect_shows_ranks():
 # ---- refusals ----
 
 
-@pytest.mark.parametrize("energy", [0, 0.0, -0.1, 1.01, math.nan, math.inf, True, False, "0.9", None, [0.9], Linear(0.9, 1.1),
+@pytest.mark.parametrize("energy", [0, 0.0, -0.1, 1.01, math.nan, math.inf, True, False, "0.9", [0.9], Linear(0.9, 1.1),
                                     Linear(0.0, 0.9), Exponential(0.9, 1.5), Constant(2.0)])  # fmt: skip
 def test_it_refuses_other_energies(energy):
     with pytest.raises(ValueError, match="Expected `energy` to be above 0 and at most 1, but got"):
