@@ -141,13 +141,16 @@ class _Features(nn.Module):
         self, ids: Tensor, mask: Tensor | None, types: Tensor | None, states: bool, maps: bool
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """The latent vector, the hidden states and the attention maps (empty lists where not asked for)."""
+        self._check(ids, mask, types)
         b, t = ids.shape
         if t > self.embeddings.position.num_embeddings:
             most = self.embeddings.position.num_embeddings
             raise ValueError(f"Expected at most `max_length` = {most} tokens a row, but got {t}.")
         index, bias = None, None
-        if mask is not None and not (mask.device.type == "cpu" and bool(mask.all())):
-            if mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Looking at a value would break a compiled graph, and wait for the device elsewhere.
+        visible = mask is not None and mask.device.type == "cpu" and not torch.compiler.is_compiling()
+        if mask is not None and not (visible and bool(mask.all())):
+            if visible:
                 index = mask.flatten().nonzero().squeeze(1)
             dtype = self.embeddings.word.weight.dtype
             if torch.is_autocast_enabled(ids.device.type):
@@ -175,6 +178,21 @@ class _Features(nn.Module):
             present = mask.to(last.dtype).unsqueeze(2)
             latent = (last * present).sum(1) / present.sum(1).clamp_min(1)
         return self.dropout(latent), hidden, attentions
+
+    def _check(self, ids: Tensor, mask: Tensor | None, types: Tensor | None) -> None:
+        if ids.ndim != 2 or 0 in ids.shape:
+            raise ValueError(f"Expected `input_ids` of shape [B, T], both at least 1, but got {list(ids.shape)}.")
+        for name, values in (("attention_mask", mask), ("token_type_ids", types)):
+            if values is not None and values.shape != ids.shape:
+                raise ValueError(
+                    f"Expected `{name}` of the shape of `input_ids`, {list(ids.shape)}, but got {list(values.shape)}."
+                )
+        rows = self.embeddings.word.num_embeddings, self.embeddings.token_type.num_embeddings
+        for name, values, most in (("input_ids", ids, rows[0]), ("token_type_ids", types, rows[1])):
+            if values is not None and values.device.type == "cpu" and not torch.compiler.is_compiling():
+                low, high = (int(v) for v in values.aminmax())
+                if low < 0 or high >= most:
+                    raise ValueError(f"Expected `{name}` from 0 to {most - 1}, but got {low if low < 0 else high}.")
 
 
 class TextEncoder(nn.Module):
@@ -221,11 +239,12 @@ class TextEncoder(nn.Module):
         pad_token_id: int | None = 0,
     ) -> None:
         super().__init__()
+        check_int("hidden", hidden, 1)
         config: dict[str, Any] = {
             "vocab_size": check_int("vocab_size", vocab_size, 1),
             "num_classes": check_int("num_classes", num_classes, 2),
             "layers": check_int("layers", layers, 1),
-            "hidden": check_int("hidden", hidden, 1),
+            "hidden": hidden,
             "heads": check_int("heads", heads, 1),
             "intermediate": check_int("intermediate", 4 * hidden if intermediate is None else intermediate, 1),
             "max_length": check_int("max_length", max_length, 1),
@@ -239,13 +258,15 @@ class TextEncoder(nn.Module):
         }
         if hidden % heads:
             raise ValueError(f"Expected `hidden` to be a multiple of `heads` = {heads}, but got {hidden}.")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"Expected `dropout` to be in [0, 1), but got {dropout}.")
+        if not _is_number(dropout) or not 0 <= dropout < 1:
+            raise ValueError(f"Expected `dropout` to be a number in [0, 1), but got {dropout!r}.")
+        if not _is_number(layer_norm_eps) or not 0 < layer_norm_eps < math.inf:
+            raise ValueError(f"Expected `layer_norm_eps` to be a positive number, but got {layer_norm_eps!r}.")
         if pooling not in _POOLINGS:
             raise ValueError(f"Expected `pooling` to be one of {list(_POOLINGS)}, but got {pooling!r}.")
         if activation not in (*_ACTIVATIONS, "relu"):
             raise ValueError(f"Expected `activation` to be one of {[*_ACTIVATIONS, 'relu']}, but got {activation!r}.")
-        if pad_token_id is not None and not 0 <= pad_token_id < vocab_size:
+        if pad_token_id is not None and check_int("pad_token_id", pad_token_id, 0) >= vocab_size:
             raise ValueError(f"Expected `pad_token_id` to be below {vocab_size}, but got {pad_token_id}.")
         self.config = config
         self.output_attentions = bool(output_attentions)
@@ -278,7 +299,8 @@ class TextEncoder(nn.Module):
             output_attentions: return the maps; ``None``: as the constructor says.
 
         Raises:
-            ValueError: more than `max_length` tokens.
+            ValueError: more than `max_length` tokens, an empty batch, a mask or types of another shape; on the CPU also ids
+                or types beyond their embedding.
         """
         maps = self.output_attentions if output_attentions is None else output_attentions
         latent, hidden, attentions = self.features.encode(
@@ -366,7 +388,8 @@ def student_of(teacher: M, layers: int) -> M:
         layers: from 1 to the teacher's number of layers.
 
     Raises:
-        ValueError: more layers than the teacher has.
+        ValueError: more layers than the teacher has, a teacher with a decoder, one whose configuration does not take a number
+            of layers, or one with a part of another size than its configuration says, such as an exchanged head.
         TypeError: another kind of model.
     """
     check_int("layers", layers, 1)
@@ -379,6 +402,8 @@ def student_of(teacher: M, layers: int) -> M:
         raise TypeError(
             f"Expected `teacher` to be a TextEncoder or a Hugging Face encoder, but got {type(teacher).__name__}."
         )
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"Expected `teacher` to be an encoder, but got {type(teacher).__name__}, which has a decoder.")
     if layers > most:
         raise ValueError(f"Expected `layers` to be at most the teacher's {most}, but got {layers}.")
     with torch.random.fork_rng(devices=[]):  # the new weights are overwritten: they cost no random numbers
@@ -386,16 +411,38 @@ def student_of(teacher: M, layers: int) -> M:
             student: Any = type(teacher)(**{**config, "layers": layers})
         else:
             config = copy.deepcopy(config)
-            config.num_hidden_layers = layers
-            student = type(teacher)(config)
+            try:
+                config.num_hidden_layers = layers
+                student = type(teacher)(config)
+            except (NotImplementedError, AttributeError, ValueError, TypeError) as error:
+                raise ValueError(
+                    "Expected `teacher` to be built from a config with any `num_hidden_layers`, but got "
+                    f"{type(teacher).__name__}: {error}"
+                ) from error
     weights = teacher.state_dict()
     lacking = [name for name in student.state_dict() if name not in weights]
     if lacking:
         raise ValueError(f"Expected a teacher that has all its student's weights, but it lacks {lacking[:3]}.")
+    for name, w in student.state_dict().items():
+        got, wanted = list(weights[name].shape), list(w.shape)
+        if got != wanted:
+            raise ValueError(
+                f"Expected `teacher` to be as its config says, but got {name} of shape {got}, not {wanted}."
+            )
     first = next(teacher.parameters())
     student = student.to(device=first.device, dtype=first.dtype)
     student.load_state_dict({name: weights[name] for name in student.state_dict()})
     trainable = {name: p.requires_grad for name, p in teacher.named_parameters()}
     for name, p in student.named_parameters():
         p.requires_grad_(trainable[name])
+    modules = dict(teacher.named_modules())
+    for name, module in student.named_modules():
+        if isinstance(module, nn.Dropout):  # what was set after the teacher was made is not in its config
+            module.p = modules[name].p
+    if isinstance(teacher, TextEncoder):
+        student.output_attentions = student.config["output_attentions"] = teacher.output_attentions
     return student.train(teacher.training)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

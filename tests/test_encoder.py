@@ -122,7 +122,12 @@ def test_dropout_acts_in_training_alone_and_everywhere() -> None:
     "changes, message",
     [
         ({"hidden": 18}, "`hidden` to be a multiple of `heads` = 4, but got 18"),
-        ({"dropout": 1.0}, r"`dropout` to be in \[0, 1\), but got 1.0"),
+        ({"dropout": 1.0}, r"`dropout` to be a number in \[0, 1\), but got 1.0"),
+        ({"dropout": "a"}, r"`dropout` to be a number in \[0, 1\), but got 'a'"),
+        ({"layer_norm_eps": 0.0}, "`layer_norm_eps` to be a positive number, but got 0.0"),
+        ({"layer_norm_eps": -1e-5}, "`layer_norm_eps` to be a positive number, but got -1e-05"),
+        ({"hidden": None}, "`hidden` to be an integer of at least 1, but got None"),
+        ({"pad_token_id": -1}, "`pad_token_id` to be an integer of at least 0, but got -1"),
         ({"pooling": "max"}, r"`pooling` to be one of \['mean', 'cls'\], but got 'max'"),
         ({"activation": "silu"}, "`activation` to be one of"),
         ({"layers": 0}, "`layers` to be an integer of at least 1, but got 0"),
@@ -299,3 +304,61 @@ def test_mixed_precision(maps: bool) -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         other = IDS.masked_fill(MASK == 0, 17)
         assert torch.equal(model(other, MASK, output_attentions=maps).logits, out.logits)
+
+
+def test_compiles_into_one_graph_on_the_cpu() -> None:
+    torch.compiler.reset()
+    model = tiny()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for mask in (MASK, torch.ones_like(MASK)):
+            torch.testing.assert_close(compiled(IDS, mask).logits, model(IDS, mask).logits, atol=1e-6, rtol=0)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    "inputs, message",
+    [
+        ((IDS[0],), r"`input_ids` of shape \[B, T\], both at least 1, but got \[7\]"),
+        ((IDS[:0], MASK[:0]), r"both at least 1, but got \[0, 7\]"),
+        ((IDS[:, :0], MASK[:, :0]), r"both at least 1, but got \[3, 0\]"),
+        ((IDS, MASK[:, :5]), r"`attention_mask` of the shape of `input_ids`, \[3, 7\], but got \[3, 5\]"),
+        ((IDS, MASK[:1]), r"`attention_mask` of the shape of `input_ids`, \[3, 7\], but got \[1, 7\]"),
+        ((IDS, MASK, MASK[0]), r"`token_type_ids` of the shape of `input_ids`, \[3, 7\], but got \[7\]"),
+        ((IDS, MASK, MASK * 2), "`token_type_ids` from 0 to 1, but got 2"),
+        ((IDS + 25,), "`input_ids` from 0 to 29, but got 34"),
+        ((IDS - 1,), "`input_ids` from 0 to 29, but got -1"),
+    ],
+)
+def test_inputs_that_do_not_fit(inputs: tuple[Tensor, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny()(*inputs)
+
+
+def test_a_student_keeps_what_was_set_on_its_teacher() -> None:
+    teacher = tiny(dropout=0.1)
+    teacher.output_attentions = True
+    teacher.features.layers[0].dropout.p = 0.3
+    teacher.features.embeddings.dropout.p = 0.0
+    student = student_of(teacher, 1)
+    assert student.output_attentions and student(IDS, MASK).attentions is not None
+    assert student_of(student, 1).output_attentions
+    found = {n: m.p for n, m in student.named_modules() if isinstance(m, torch.nn.Dropout)}
+    assert found.pop("features.layers.0.dropout") == 0.3 and found.pop("features.embeddings.dropout") == 0.0
+    assert set(found.values()) == {0.1}
+
+
+def test_teachers_that_have_no_student() -> None:
+    teacher = tiny()
+    teacher.head = torch.nn.Linear(16, 5)
+    with pytest.raises(ValueError, match=r"but got head\.\w+ of shape \[5.*\] not \[3"):
+        student_of(teacher, 1)
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 30, "d_model": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    sizes |= {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    config = transformers.BartConfig(**sizes, max_position_embeddings=20)
+    with pytest.raises(ValueError, match="an encoder, but got BartForSequenceClassification, which has a decoder"):
+        student_of(transformers.BartForSequenceClassification(config), 1)
+    funnel = transformers.FunnelConfig(vocab_size=30, block_sizes=[1, 1], d_model=16, n_head=2, d_head=8, d_inner=16)
+    with pytest.raises(ValueError, match="any `num_hidden_layers`, but got FunnelForSequenceClassification: "):
+        student_of(transformers.FunnelForSequenceClassification(funnel), 1)
