@@ -192,7 +192,7 @@ class _Features(nn.Module):
             if values is not None and values.device.type == "cpu" and not torch.compiler.is_compiling():
                 low, high = (int(v) for v in values.aminmax())
                 if low < 0 or high >= most:
-                    raise ValueError(f"Expected `{name}` from 0 to {most - 1}, but got {low if low < 0 else high}.")
+                    raise IndexError(f"Expected `{name}` from 0 to {most - 1}, but got {low if low < 0 else high}.")
 
 
 class TextEncoder(nn.Module):
@@ -299,8 +299,8 @@ class TextEncoder(nn.Module):
             output_attentions: return the maps; ``None``: as the constructor says.
 
         Raises:
-            ValueError: more than `max_length` tokens, an empty batch, a mask or types of another shape; on the CPU also ids
-                or types beyond their embedding.
+            ValueError: more than `max_length` tokens, an empty batch, a mask or types of another shape.
+            IndexError: ids or types beyond their embedding (in words on the CPU alone).
         """
         maps = self.output_attentions if output_attentions is None else output_attentions
         latent, hidden, attentions = self.features.encode(

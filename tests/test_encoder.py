@@ -331,7 +331,7 @@ def test_compiles_into_one_graph_on_the_cpu() -> None:
     ],
 )
 def test_inputs_that_do_not_fit(inputs: tuple[Tensor, ...], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(IndexError if " from 0 to" in message else ValueError, match=message):
         tiny()(*inputs)
 
 
@@ -351,7 +351,7 @@ def test_a_student_keeps_what_was_set_on_its_teacher() -> None:
 def test_teachers_that_have_no_student() -> None:
     teacher = tiny()
     teacher.head = torch.nn.Linear(16, 5)
-    with pytest.raises(ValueError, match=r"but got head\.\w+ of shape \[5.*\] not \[3"):
+    with pytest.raises(ValueError, match=r"but got head\.\w+ of shape \[5.*\], not \[3"):
         student_of(teacher, 1)
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": 30, "d_model": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
