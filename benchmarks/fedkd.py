@@ -97,14 +97,19 @@ def figure(path: Path, title: str) -> None:
                 if y == max(p for p, h in zip(places, found, strict=True) if (h.student if label == "student" else h)):
                     left.plot([], [], "o", color=colour, label=f"{label} model" if label == "judged" else "its student")
         right.barh(y, g.bytes, color="#555555", height=0.55)
-        right.annotate(f" {g.bytes:.3g}", (max(g.bytes, 1e-9), y), va="center", fontsize=9)
+        right.annotate(
+            f" {g.bytes:,.0f}" if g.bytes >= 100 else f" {g.bytes:.3g}",
+            (max(g.bytes, 1e-9), y),
+            va="center",
+            fontsize=9,
+        )
     left.set_yticks(places, [g.name for g in found])
-    left.set_xlabel("accuracy on the whole test set, % (dots: seeds; bars: means)")
+    left.set_xlabel("accuracy, % (dots: seeds, bars: means)")
     left.legend(frameon=False, loc="best", fontsize=9)
     positive = [g.bytes for g in found if g.bytes]
     right.set_xscale("log")
     right.set_xlim(min(positive) / 3, max(positive) * 6)
-    right.set_xlabel("megabytes up and down, all clients and rounds")
+    right.set_xlabel("megabytes, both ways")
     for axis in (left, right):
         axis.grid(axis="x", color="#dddddd")
         axis.set_axisbelow(True)
