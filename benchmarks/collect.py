@@ -159,6 +159,7 @@ def fill_readme(text: str) -> str:
 
     def block(match: re.Match[str]) -> str:
         name = match.group(1)
+        sys.path.insert(0, str(Path(__file__).parent))  # this file may have been loaded by its path
         import fedkd  # which uses this module in turn
 
         if name == "kernels":
