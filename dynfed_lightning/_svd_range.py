@@ -29,7 +29,7 @@ from ._svd_rows import combine_rows, orthonormal_rows, row_spectrum
 FULL_SIDE = 48  # up to this smaller side the full Gram is the quickest
 # A sketch of more columns than this share of the smaller side costs more than the full Gram, up to side 128 and beyond: at 768
 # with 179 values to find (two threads, a Zen 4) 113 ms against the 226 of a share of 0.4.
-FULL_SHARES = (0.4, 0.25)
+FULL_SHARES = (0.5, 0.25)
 FULL_ENERGY = 1 - 1e-5  # beyond this float32 products are too coarse to tell what is left
 OVERSAMPLE = 16
 EPS32 = 2.0**-23
