@@ -54,10 +54,11 @@ def groups(path: Path) -> list[Group]:
 
 
 def spread(values: list[float]) -> str:
-    """Mean ± standard deviation over seeds."""
+    """Mean ± standard deviation over seeds; of one seed no deviation."""
     if not values:
         return "-"
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
+    mean = f"{statistics.mean(values):.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
 def table(path: Path) -> str:
@@ -70,7 +71,11 @@ def table(path: Path) -> str:
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for g in found:
-        saved = "-" if g.name == baseline or not g.bytes else f"{100 * (1 - g.bytes / dense):.1f} %"
+        saved = (
+            "-"
+            if g.name == baseline or not g.bytes
+            else f"{100 * (1 - g.bytes / dense) + 0.0:.1f} %".replace("-0.0", "0.0")
+        )
         student = spread(g.student)
         rank = "-" if g.rank is None else f"{g.rank:.0f}"
         lines.append(

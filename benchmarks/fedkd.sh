@@ -24,10 +24,11 @@ compare digits-fedkd digits \
   "fedkd-fedavg fedkd-local fedkd fedkd8 fedkd-feedback fedkd-no-distillation fedkd-no-hidden fedkd-no-adaptive fedkd-no-svd fedkd-fml fedkd-fedproto" \
   "0 1 2 3 4"
 compare sst2 sst2 "fedavg local fedkd fedkd8 fedkd4" "0 1 2"
-compare sst2 sst2 "fedkd-hidden" "0"
-compare cifar10-1 cifar10 "fedavg fedkd" "0 1 2" --data.partitioner.alpha 1
-compare cifar10-1 cifar10 "fedkd-feedback fedkd-no-distillation fedkd-no-svd" "0" --data.partitioner.alpha 1
-compare cifar10-0.1 cifar10 "fedavg fedkd" "0 1 2" --data.partitioner.alpha 0.1
+compare cifar10-1 cifar10 "fedavg" "0 1 2" --data.partitioner.alpha 1
+compare cifar10-1 cifar10 "fedkd" "0 1" --data.partitioner.alpha 1
+compare cifar10-1 cifar10 "fedkd-no-svd" "0" --data.partitioner.alpha 1
+compare cifar10-0.1 cifar10 "fedavg" "0 1 2" --data.partitioner.alpha 0.1
+compare cifar10-0.1 cifar10 "fedkd" "0" --data.partitioner.alpha 0.1
 
 "$python" benchmarks/fedkd.py "$runs/digits-fedkd" digits-fedkd --title "Digits, Dirichlet 1, 10 clients: what each part of FedKD brings"
 "$python" benchmarks/fedkd.py "$runs/sst2" sst2 --title "SST-2, 6,400 sentences, 4 clients, a 6-layer encoder"
