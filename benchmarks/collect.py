@@ -136,7 +136,7 @@ def rotation_table(path: Path) -> str:
 
 
 def svd_table(path: Path) -> str:
-    """How many times as long as `ops.truncated_svd` torch's own decompositions take (of two ways the quicker), and how good it is."""
+    """How many times as long as `truncated_svd` torch's own decompositions take (the quicker of two ways), and how good it is."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = [r for r in csv.DictReader(file) if r["spectrum"] == "1/i"]
     lines = [
