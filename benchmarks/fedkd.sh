@@ -26,7 +26,7 @@ compare digits-fedkd digits \
 compare sst2 sst2 "fedavg local fedkd fedkd8 fedkd4" "0 1 2"
 compare cifar10-1 cifar10 "fedavg" "0 1 2" --data.partitioner.alpha 1
 compare cifar10-1 cifar10 "fedkd" "0 1" --data.partitioner.alpha 1
-compare cifar10-1 cifar10 "fedkd-no-svd" "0" --data.partitioner.alpha 1
+compare cifar10-1 cifar10 "fedkd-feedback fedkd-no-svd" "0" --data.partitioner.alpha 1
 compare cifar10-0.1 cifar10 "fedavg" "0 1 2" --data.partitioner.alpha 0.1
 compare cifar10-0.1 cifar10 "fedkd" "0" --data.partitioner.alpha 0.1
 
