@@ -62,6 +62,7 @@ from ._ops_checks import (
 from ._ops_layout import Layout
 from ._ops_register import OPERATORS as _OPS
 from ._ops_table import dequantize_accumulate_table, quantize_pack_table, rotate, unpack_dequantize_table
+from ._soft import center_sums, nearest_center, prox_centers, prox_weights, soft_quantize
 from ._svd import TruncatedSVD, truncated_svd
 
 __all__ = [
@@ -69,15 +70,20 @@ __all__ = [
     "Layout",
     "TruncatedSVD",
     "backend",
+    "center_sums",
     "dequantize_accumulate",
     "dequantize_accumulate_many",
     "dequantize_accumulate_table",
+    "nearest_center",
     "num_buckets",
     "pack",
     "packed_size",
+    "prox_centers",
+    "prox_weights",
     "quantize_pack",
     "quantize_pack_table",
     "rotate",
+    "soft_quantize",
     "truncated_svd",
     "unpack",
     "unpack_dequantize",
