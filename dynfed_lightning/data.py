@@ -16,7 +16,7 @@ from dynfed_lightning.arrays import Options, Table, Texts
 from dynfed_lightning.loaders import Augment, Cohorts, RowLoader
 from dynfed_lightning.partition import Natural, Partitioner, check_int, numpy_generator
 from dynfed_lightning.resources import ResourceProfile, Resources, UniformResources
-from dynfed_lightning.split import PublicSet, Split, make_split
+from dynfed_lightning.split import OwnTest, PublicSet, Split, make_split
 from dynfed_lightning.splitplot import draw_split
 from dynfed_lightning.text import TextTokenizer, load_tokenizer
 
@@ -300,6 +300,10 @@ class FederatedDataModule(L.LightningDataModule):
             raise IndexError(f"Expected a client id from 0 to {len(split.train) - 1}, but got {k}.")
         options = (self.batch_size, self.drop_last, self.augment, self.group_by_length)
         return ClientData(int(k), split.table, split.train[k], split.val[k], *options)
+
+    def own_test(self) -> OwnTest:
+        """Every client's own test distribution: what ``own_accuracy`` is measured on; of all clients, also after `pool`."""
+        return self._ready().own_test()
 
     def resources(self, k: int) -> Resources:
         """What client `k` has."""

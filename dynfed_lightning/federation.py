@@ -7,7 +7,6 @@ resume, early stopping, loggers and server optimisers are Lightning's own.
 from __future__ import annotations
 
 import copy
-import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -19,31 +18,22 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynfed_lightning.algorithm import Algorithm, Reply, Server, finite_number
+from dynfed_lightning.algorithm import Algorithm, Server
 from dynfed_lightning.algorithms.fedavg import FedAvg
 from dynfed_lightning.client import ClientRuntime
 from dynfed_lightning.codec import CodecContext
 from dynfed_lightning.downlink import DownlinkSender, initial_tensors
-from dynfed_lightning.errors import ClientFailure, PayloadError
-from dynfed_lightning.evaluation import Evaluator, check_outputs, has_own_validation, run_user_hook
+from dynfed_lightning.evaluation import check_outputs, has_own_validation, run_user_hook
+from dynfed_lightning.judging import Judge, check_way, sample_clients
 from dynfed_lightning.local import LocalExecutor, as_executor
 from dynfed_lightning.message import Message
 from dynfed_lightning.outer import federated_data
-from dynfed_lightning.records import (
-    ClientRecord,
-    RoundRecord,
-    mean_bits,
-    mean_loss,
-    mean_rank,
-    planned_rounds,
-    round_failure,
-)
+from dynfed_lightning.records import ClientRecord, RoundRecord, mean_loss, mean_rank, planned_rounds, round_failure
+from dynfed_lightning.replies import receive
 from dynfed_lightning.seeds import derive_seed
 from dynfed_lightning.store import MemoryStore
 from dynfed_lightning.tensors import travelling
-from dynfed_lightning.transport import InProcessTransport, Outcome, Transport
-
-log = logging.getLogger(__name__)
+from dynfed_lightning.transport import InProcessTransport, Transport
 
 
 class Federation(L.LightningModule):
@@ -61,11 +51,22 @@ class Federation(L.LightningModule):
             already, e.g. a published checkpoint, so that the first round sends none.
         num_classes: C; default: the data module's. 0 for a task that is no classification: then only what the module's own
             ``validation_step`` logs is reported.
+        evaluate_on: ``"whole"``: models are judged on the whole test set; ``"own"``: the clients' own models of a personalised
+            method only on their own test distributions, which saves judging rows of classes that a client does not have;
+            ``"both"``. A global model is judged on the whole test set anyway.
+        evaluate_clients: judge so many clients, always the same ones, drawn with the seed; None: all.
 
     Logs every round ``accuracy`` and ``test_loss`` of the global model on the whole test set (of the clients' own models
     for a personalised method, which may add ``global_accuracy`` and ``global_loss``), ``train_loss``, ``mb_up`` and ``mb_down``
     (10^6 bytes, cumulative), ``bits`` and ``rank`` of the uploads, the ``energy`` their factors were to keep, ``rank_down``,
-    ``clients``, ``failed`` and ``failed/<reason>``, and whatever the user's own ``validation_step`` logs.
+    ``clients``, ``failed`` and ``failed/<reason>``, and whatever the user's own ``validation_step`` logs. On the clients' own
+    test distributions (`OwnTest`: the test set with each class weighted by the client's share of training rows of it) it logs
+    ``own_accuracy``, the mean over clients of the accuracy of the model a client uses (its own for a personalised method, else
+    the global one), ``own_accuracy_worst10``, the mean of the worst tenth of the clients, and ``own_accuracy_std``.
+
+    Attributes:
+        last_round: what happened in the last round, and to each client in it.
+        own_accuracy: client -> accuracy of the model it uses on its own test distribution, as last judged.
 
     Example::
 
@@ -84,6 +85,8 @@ class Federation(L.LightningModule):
         min_clients: int = 1,
         initial: str = "sent",
         num_classes: int | None = None,
+        evaluate_on: str = "both",
+        evaluate_clients: int | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(module, L.LightningModule):
@@ -101,6 +104,7 @@ class Federation(L.LightningModule):
             raise ValueError("Expected `module` to have trainable parameters, but it has none.")
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"Expected `seed` to be an integer, but got {seed!r}.")
+        check_way(evaluate_on, evaluate_clients)
         self.automatic_optimization = False
         self.module = module
         # A copy that no Trainer is ever attached to: Lightning attaches itself to child LightningModules, and copying
@@ -113,10 +117,12 @@ class Federation(L.LightningModule):
         self.min_clients = min_clients
         self.initial = initial
         self.num_classes = num_classes
+        self.evaluate_on, self.evaluate_clients = evaluate_on, evaluate_clients
         self.store = MemoryStore()
         self.transport: Transport | None = None
         self.server: Server | None = None
         self.last_round: RoundRecord | None = None
+        self.own_accuracy: dict[int, float] = {}
         self.total_bytes_up = 0
         self.total_bytes_down = 0
         self._loaded: dict[str, Any] | None = None
@@ -133,7 +139,7 @@ class Federation(L.LightningModule):
         fresh = self.server is None or (stage == "fit" and self.trainer.current_epoch == 0)
         if fresh:
             self.store = MemoryStore()
-            self.last_round = None
+            self.last_round, self.own_accuracy = None, {}
             self.total_bytes_up = self.total_bytes_down = 0
             self._sender = DownlinkSender(self.algorithm.downlink)
             self._reasons: set[str] = set()
@@ -169,8 +175,9 @@ class Federation(L.LightningModule):
         empty = {s.name: torch.zeros(s.shape, dtype=s.dtype) for s in self.runtime.downlink_schema}
         self.algorithm.downlink.encode(empty, CodecContext(num_rounds=num_rounds), self.runtime.downlink_schema)
         self.transport = InProcessTransport(self.runtime.run, self.runtime.settle)
-        self._evaluator = Evaluator(classes)
-        self._global: Evaluator | None = None  # beside the clients' own models
+        own = data.own_test()
+        judged = sample_clients(own.num_clients, self.evaluate_clients, self.seed)
+        self._judge = Judge(classes, own, judged, self.evaluate_on)
         self._split = data.split_hash
         if self._loaded is not None:
             loaded, self._loaded = self._loaded, None
@@ -209,7 +216,7 @@ class Federation(L.LightningModule):
 
         requests = self._requests(server)
         outcomes = transport.exchange(requests)
-        records, replies = self._receive(server, requests, outcomes)
+        records, replies = receive(self.algorithm, self.runtime.uplink_schema, server, requests, outcomes)
         enough = len(replies) >= self.min_clients
         for record in records:
             accepted = enough and record.status == "ok"
@@ -242,64 +249,6 @@ class Federation(L.LightningModule):
             )
             requests.append((client_id, message.to_bytes()))
         return requests
-
-    def _receive(
-        self, server: Server, requests: Sequence[tuple[int, bytes]], outcomes: Sequence[Outcome]
-    ) -> tuple[list[ClientRecord], list[Reply]]:
-        """Decode what came back; what does not decode is a failed client, not a failed round."""
-        counted = self.algorithm.communicates
-        down = {client_id: len(request) if counted else 0 for client_id, request in requests}
-        records, replies = [], []
-        for outcome in sorted(outcomes, key=lambda o: o.client_id):
-            record = ClientRecord(outcome.client_id, outcome.reason or "ok", bytes_down=down[outcome.client_id])
-            records.append(record)
-            if outcome.reply is not None:
-                record.bytes_up = len(outcome.reply) if counted else 0
-                try:
-                    reply = self._decode(server, outcome.client_id, outcome.reply)
-                except PayloadError as error:
-                    record.status, outcome.error = "payload", error
-                except ClientFailure as error:
-                    record.status, outcome.error = error.reason, error
-                else:
-                    replies.append(reply)
-                    record.num_examples = reply.num_examples
-                    record.loss = finite_number(reply.scalars.get("loss"))
-                    record.grad_norm = finite_number(reply.scalars.get("grad_norm"))
-                    record.bits = mean_bits(reply, self.runtime.uplink_schema)
-                    record.rank, record.energy = mean_rank(reply.decoded.ranks), reply.decoded.energy
-            if record.status != "ok":
-                log.warning(
-                    "Round %d: client %d left out (%s): %s",
-                    server.round + 1,
-                    record.client,
-                    record.status,
-                    outcome.error,
-                )
-        return records, replies
-
-    def _decode(self, server: Server, client_id: int, data: bytes) -> Reply:
-        message = Message.from_bytes(data)
-        if message.client_id != client_id or message.round != server.round:
-            raise ClientFailure(
-                "wrong_round",
-                f"Expected a reply of client {client_id} to round {server.round}, "
-                f"but got one of client {message.client_id} to round {message.round}.",
-            )
-        if len(message.parts) != 1 or message.num_examples < 1:
-            raise ClientFailure("malformed", "Expected a reply with one payload and a positive number of examples.")
-        decoded = self.algorithm.uplink.decode_full(message.parts[0], self.runtime.uplink_schema)
-        reply = Reply(
-            client_id=client_id,
-            tensors=decoded.tensors,
-            scalars=message.scalars,
-            counters=message.counters,
-            num_examples=message.num_examples,
-            num_bytes=len(data),
-            decoded=decoded,
-        )
-        self.algorithm.check_reply(server, reply)
-        return reply
 
     def _record(self, server: Server, records: list[ClientRecord], seconds: float) -> None:
         up, down = sum(r.bytes_up for r in records), sum(r.bytes_down for r in records)
@@ -337,7 +286,7 @@ class Federation(L.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Count right answers; the user's own validation hooks run too, and what they log is logged here."""
-        self._evaluate(batch)
+        self._judge.update(batch)
         if self._user_validates():
             run_user_hook(self, self.module, "validation_step", batch, batch_idx)
 
@@ -352,36 +301,28 @@ class Federation(L.LightningModule):
 
     def _start_evaluation(self) -> None:
         server, _ = self._ready()
-        models: list[L.LightningModule] | None = None
-        if self.algorithm.personalised:
-            weights = server.weights()
-            models = [
-                self.algorithm.personal_model(self.store.read(k), server.new_module(), weights, client_id=k).to(
-                    self.device
-                )
-                for k in range(server.num_clients)
-            ]
-        self._evaluator.start(self.module if models is None else models)
-        self._global = None
-        if models is not None and self.algorithm.reports_global:
-            self._global = Evaluator(self._evaluator.num_classes)
-            self._global.start(self.module)
+        if not self.algorithm.personalised:
+            self._judge.start_global(self.module)
+            return
+        weights = server.weights()
 
-    def _evaluate(self, batch: Any) -> None:
-        self._evaluator.update(batch)
-        if self._global is not None:
-            self._global.update(batch)
+        def make(k: int) -> L.LightningModule:
+            model = self.algorithm.personal_model(self.store.read(k), server.new_module(), weights, client_id=k)
+            return model.to(self.device)
+
+        self._judge.start_own(make, also=self.module if self.algorithm.reports_global else None)
 
     def _end_evaluation(self) -> None:
-        values = self._evaluator.compute()
-        for name, value in self._global.compute().items() if self._global is not None else ():
-            values[f"global_{name.removeprefix('test_')}"] = value
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        strategy = self.trainer.strategy
+        values = self._judge.finish(lambda: (strategy.batch_to_device(b, self.device) for b in data.test_dataloader()))
+        self.own_accuracy = self._judge.own_accuracy
         for name, value in values.items():
             self.log(name, value, prog_bar=name == "accuracy")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """As `validation_step`, without the user's."""
-        self._evaluate(batch)
+        self._judge.update(batch)
 
     on_test_epoch_start = _start_evaluation
     on_test_epoch_end = _end_evaluation

@@ -102,6 +102,9 @@ def _cell(value: Any) -> str:
 class RunRecorder(L.Callback):
     """Writes ``rounds.csv``, ``clients.csv``, ``summary.json`` and ``model.safetensors`` to a run's folder.
 
+    ``clients.csv`` has a row for each client of each round; ``own_accuracy.csv`` has one for every client that was judged in the
+    last judged round, whether it took part or not: its accuracy on its own test distribution.
+
     A resumed run keeps the rows of the rounds it does not repeat. What an earlier run left is removed when training starts,
     not before: a run that fails to start leaves the folder as it is.
 
@@ -134,7 +137,7 @@ class RunRecorder(L.Callback):
         """Take up the tables where a resumed run left them; the rest of an earlier run goes."""
         self.out.mkdir(parents=True, exist_ok=True)
         # The summary first: a run that is cut short must not pass for the one that was here before.
-        for name in ("summary.json", "model.safetensors", "config.yaml"):
+        for name in ("summary.json", "model.safetensors", "config.yaml", "own_accuracy.csv"):
             (self.out / name).unlink(missing_ok=True)
         for figure in (self.out / "plots").glob("*.png"):
             figure.unlink()
@@ -156,6 +159,9 @@ class RunRecorder(L.Callback):
         if record is None or record.round != trainer.current_epoch + 1:
             return
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items()} if self._validated else {}
+        # A pooled client is none of those that were judged.
+        own = _federation(pl_module).own_accuracy if self._validated else {}
+        pooled = _federation(pl_module).algorithm.pooled
         self._validated = False
         self._rounds.append(_round_row(record, metrics))
         for client in record.clients:
@@ -172,8 +178,12 @@ class RunRecorder(L.Callback):
                 "loss": client.loss,
                 "grad_norm": client.grad_norm,
                 "teacher_share": client.metrics.get("teacher_share"),
+                "own_accuracy": None if pooled else own.get(client.client),
             }
             self._clients.append({**row, **{k: v for k, v in client.metrics.items() if k not in row}})
+        if own:
+            lines = ["client,own_accuracy", *(f"{k},{_cell(own[k])}" for k in sorted(own))]
+            write_atomically(self.out / "own_accuracy.csv", ("\n".join(lines) + "\n").encode())
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The summary and the final model."""
@@ -181,13 +191,19 @@ class RunRecorder(L.Callback):
         state = federation.module.state_dict()  # may hold more than tensors: a module's extra state
         weights = {n: t.detach().cpu().contiguous() for n, t in state.items() if isinstance(t, torch.Tensor)}
         write_atomically(self.out / "model.safetensors", safetensors.torch.save(_unshared(weights)))
-        accuracies = [float(r["accuracy"]) for r in self._rounds.rows if r.get("accuracy")]
+        accuracies, own, worst = (
+            [float(r[name]) for r in self._rounds.rows if r.get(name)]
+            for name in ("accuracy", "own_accuracy", "own_accuracy_worst10")
+        )
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         summary = {
             "method": federation.algorithm.name,
             "rounds": trainer.current_epoch,
             "accuracy": accuracies[-1] if accuracies else None,
             "best_accuracy": max(accuracies, default=None),
+            "own_accuracy": own[-1] if own else None,
+            "best_own_accuracy": max(own, default=None),
+            "own_accuracy_worst10": worst[-1] if worst else None,
             "bytes_up": federation.total_bytes_up,
             "bytes_down": federation.total_bytes_down,
             "seconds": round(self._seconds_before + time.perf_counter() - self._start, 3),
@@ -302,7 +318,8 @@ class RoundProgress(L.Callback):
     @staticmethod
     def _status(trainer: L.Trainer) -> str:
         metrics = trainer.callback_metrics
-        parts = [f"accuracy {float(metrics['accuracy']):.4f}"] if "accuracy" in metrics else []
+        shown = next((name for name in ("accuracy", "own_accuracy") if name in metrics), None)
+        parts = [f"{shown.replace('_', ' ')} {float(metrics[shown]):.4f}"] if shown else []
         parts.append(f"up {float(metrics['mb_up']):.2f} MB, down {float(metrics['mb_down']):.2f} MB")
         if "bits" in metrics:
             parts.append(f"{float(metrics['bits']):.2f} bits")

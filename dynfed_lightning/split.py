@@ -33,6 +33,52 @@ class PublicSet:
         return len(next(iter(self.inputs.values()))) if isinstance(self.inputs, Mapping) else len(self.inputs)
 
 
+class OwnTest:
+    """Every client's own test distribution, as weights over groups of test rows.
+
+    Under label skew the test set itself belongs to nobody. A client's own test distribution is then the whole test set with
+    every class weighted by the client's share of training rows of it, ``p_k(c) = n_k(c) / n_k``, so that a model's accuracy
+    on it is ``sum_c p_k(c) acc(c)`` with its accuracy ``acc(c)`` on the test rows of class c: an expectation, with no noise of
+    drawing rows. Classes without test rows are left out, and the other shares scaled to sum to 1.
+
+    Where the rows were dealt by a column that the test rows have too (`Natural`), a client's own are those with its values.
+
+    Args:
+        labels: int64 ``[n]``, of the training table.
+        num_classes: C.
+        train: every client's rows of it.
+        test_labels: int64, of the test rows in the order in which the test loader gives them.
+        owners: int64, of each test row the client it belongs to (-1: none), or ``None``.
+
+    Attributes:
+        groups: int64, of each test row its group: its class, or its owner.
+        num_groups: how many groups there are.
+        num_clients: how many clients there are; of a pooled split those it was made of.
+    """
+
+    def __init__(
+        self, labels: Tensor, num_classes: int, train: list[Tensor], test_labels: Tensor, owners: Tensor | None = None
+    ) -> None:
+        self._labels, self._train, self._by_owner = labels, train, owners is not None
+        self.num_clients = len(train)
+        self.groups = test_labels if owners is None else torch.where(owners < 0, len(train), owners)
+        self.num_groups = num_classes if owners is None else len(train) + 1
+
+    def shares(self, client: int) -> tuple[Tensor, Tensor]:
+        """The groups a client's distribution has rows of, and their weights.
+
+        Returns:
+            int64 ``[m]`` and float64 ``[m]``, which sum to 1.
+        """
+        if not 0 <= client < self.num_clients:
+            raise IndexError(f"Expected a client id from 0 to {self.num_clients - 1}, but got {client}.")
+        if self._by_owner:
+            return torch.tensor([client]), torch.ones(1, dtype=torch.float64)
+        counts = torch.bincount(self._labels[self._train[client]])
+        groups = counts.nonzero().flatten()
+        return groups, counts[groups].double() / counts.sum()
+
+
 @dataclass(frozen=True)
 class Split:
     """Tables and rows.
@@ -45,6 +91,8 @@ class Split:
         public_rows: the rows of `table` that are the server's; int64, may be empty.
         test_rows: the rows of `test` to evaluate on; int64, sorted.
         public: the server's data, or ``None``.
+        owners: of each of `test_rows` the client it belongs to, -1 for none; int64. ``None``: test rows belong to nobody.
+        dealt: `train` as it was before `pooled`.
     """
 
     table: Table
@@ -54,11 +102,18 @@ class Split:
     public_rows: Tensor
     test_rows: Tensor
     public: PublicSet | None
+    owners: Tensor | None = None
+    dealt: list[Tensor] | None = None
 
     def pooled(self) -> Split:
-        """The same rows, all with one client."""
+        """The same rows, all with one client; the clients there were are still there to be judged by (`own_test`)."""
         train, val = (torch.cat(parts).sort().values for parts in (self.train, self.val))
-        return replace(self, train=[train], val=[val])
+        return replace(self, train=[train], val=[val], dealt=self.train)
+
+    def own_test(self) -> OwnTest:
+        """What of the test set is each client's own."""
+        labels, classes = self.test.labels[self.test_rows], self.table.num_classes
+        return OwnTest(self.table.labels, classes, self.dealt or self.train, labels, self.owners)
 
     def label_counts(self) -> Tensor:
         """int64 ``[clients, C]``: the training rows each client has of each class."""
@@ -120,10 +175,12 @@ def make_split(
     test_table = _like(test_table, table)
     classes = max(table.num_classes, test_table.num_classes)
     table, test_table = replace(table, num_classes=classes), replace(test_table, num_classes=classes)
-    values = table.groups if isinstance(partitioner, Natural) else table.labels
+    natural = isinstance(partitioner, Natural)
+    values = table.groups if natural else table.labels
     assert values is not None
     train, val = [], []
-    for k, part in enumerate(partitioner(values[mine], seed)):
+    parts = partitioner(values[mine], seed)
+    for k, part in enumerate(parts):
         rows, kept = mine[part], min(round(val_fraction * len(part)), len(part) - 1)
         if kept:
             places = torch.from_numpy(stratified_order(table.labels[rows], "validation", seed, k))
@@ -133,7 +190,18 @@ def make_split(
             train.append(rows)
             val.append(rows[:0])
     shown = _public(public, public_labels, table, public_rows, options)
-    return Split(table, test_table, train, val, public_rows, test_rows, shown)
+    owners = None
+    if natural and test_table.groups is not None:
+        owners = _owners(test_table.groups[test_rows], values[mine], parts)
+    return Split(table, test_table, train, val, public_rows, test_rows, shown, owners)
+
+
+def _owners(groups: Tensor, values: Tensor, parts: list[Tensor]) -> Tensor:
+    """Which client each test row belongs to: the one that was dealt the rows of its group; -1 if nobody was."""
+    owner = torch.full((int(max(groups.max(), values.max())) + 2,), -1)  # the last is for groups of -1: unknown values
+    for k, part in enumerate(parts):
+        owner[values[part]] = k
+    return owner[groups]
 
 
 def _test_table(dataset: Any, test: Any, table: Table, options: Options) -> Table:
