@@ -31,8 +31,15 @@ OPERATIONS = (
     "rotate",
     "symmetric_eigh",
     "squared_norm",
+    "soft_quantize",
+    "soft_quantize_backward",
+    "nearest_center",
+    "prox_weights",
+    "prox_centers",
+    "center_sums",
 )
-DENSE = ("symmetric_eigh", "squared_norm")
+# What a backend may lack, and then torch's own operations do: those on small matrices and on learned centres.
+OPTIONAL = OPERATIONS[OPERATIONS.index("symmetric_eigh") :]
 # Per device and operation the backends that `auto` takes, the first that can run here. CUDA C++ owns all of them on a GPU until
 # a measurement there says otherwise.
 OWNERS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -74,11 +81,13 @@ def choose(operation: str, device: torch.device) -> ModuleType:
             raise RuntimeError(
                 f"Expected `DYNFED_BACKEND` to be a backend that can run here, but got {name!r}: {reason}."
             )
-        # A backend may leave the operations on small matrices to torch's own.
-        return _load(name) if operation not in DENSE or hasattr(_load(name), operation) else _reference
-    for owner in OWNERS.get(device.type, {}).get(operation, ()):
-        if missing(owner) is None and hasattr(_load(owner), operation):
+        return _load(name) if operation not in OPTIONAL or hasattr(_load(name), operation) else _reference
+    able = [owner for owner in OWNERS.get(device.type, {}).get(operation, ()) if missing(owner) is None]
+    for owner in able:
+        if hasattr(_load(owner), operation):
             return _load(owner)
+    if able and operation in OPTIONAL:
+        return _reference
     _say_once(device.type)
     return _reference
 

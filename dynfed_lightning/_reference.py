@@ -2,8 +2,9 @@
 
 Every backend must return the same bits as this file, on any machine and for any number of threads or shards. To make that
 possible nothing here depends on an order of summation: scales are integer maxima, randomness is a pure function of
-(seed, global index), and no floating-point addition follows a product except one fused multiply-add. The two exceptions are
-`symmetric_eigh` and `squared_norm`, which backends must match to a tolerance their docstrings state.
+(seed, global index), and no floating-point addition follows a product except one fused multiply-add. The exceptions are
+`symmetric_eigh`, `squared_norm` and, of `_reference_soft`, `soft_quantize` with its gradients, which backends must match to a
+tolerance that is stated there.
 
 Randomness: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). Rounding: the unbiased
 quantiser of QSGD (Alistarh et al., NeurIPS 2017, eq. 3) with the bucket's absolute maximum for its norm.
@@ -20,6 +21,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ._reference_soft import center_sums as center_sums
+from ._reference_soft import nearest_center as nearest_center
+from ._reference_soft import prox_centers as prox_centers
+from ._reference_soft import prox_weights as prox_weights
+from ._reference_soft import soft_quantize as soft_quantize
+from ._reference_soft import soft_quantize_backward as soft_quantize_backward
 
 LOW32 = 0xFFFFFFFF
 INFINITY_BITS = 0x7F800000  # the bit pattern of +inf; anything at or above it is inf or NaN
