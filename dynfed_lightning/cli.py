@@ -120,6 +120,11 @@ def _arguments() -> argparse.ArgumentParser:
     )
     compare.add_argument("--target", type=float, help="accuracy to reach, 0..1 (default: the baseline's final)")
     compare.add_argument("--last", type=int, default=5, help="rounds that make the final accuracy (default 5)")
+    compare.add_argument(
+        "--metric",
+        default="accuracy",
+        help="what decides: accuracy, own_accuracy, own_accuracy_worst10, global_accuracy",
+    )
     compare.add_argument("--title", default="", help="of the figure")
 
     inspect = add("inspect", _inspect, "show what is inside a payload, or inside a model.safetensors")
@@ -297,7 +302,8 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
     failed = compare.run_all(plan, jobs=options.jobs, resume=options.resume)
     done = [item.out for item in plan if item.out not in failed]
     if done:
-        show = {"baseline": options.baseline, "target": options.target, "last": options.last, "title": options.title}
+        show = {"baseline": options.baseline, "target": options.target, "last": options.last}
+        show |= {"title": options.title, "metric": options.metric}
         compare.write(done, Path(options.out), **show)
     for folder, reason in failed.items():
         print(f"dynfed: failed: {folder}: {reason}", file=sys.stderr)

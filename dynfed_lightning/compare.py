@@ -109,7 +109,9 @@ def _common(config: Config) -> Config:
     """The part of a configuration that must be the same for two accuracies to be compared."""
     data = {k: v for k, v in config["data"].items() if k != "seed"}
     rounds = {k: config["trainer"].get(k) for k in ("max_epochs", "max_steps")}
-    federation, local = config.get("federation") or {}, config.get("local", "trainer")
+    federation, local = dict(config.get("federation") or {}), config.get("local", "trainer")
+    for key in ("store", "store_limit"):  # where state lies changes no number
+        federation.pop(key, None)
     return {"data": data, "module": config["module"], "trainer": rounds, "local": local, "federation": federation}
 
 
@@ -204,26 +206,29 @@ def write(
     target: float | None = None,
     last: int = 5,
     title: str = "",
+    metric: str = "accuracy",
 ) -> Comparison:
     """Table and figure of finished runs: printed, and written as ``out/compare.{md,json,png}``; where a codec factored matrices,
-    ``out/factors.png`` shows its energy, rank and bytes over the rounds.
+    ``out/factors.png`` shows its energy, rank and bytes over the rounds; where clients were judged on their own test
+    distributions, ``out/personal.png`` shows how well each is served.
 
     Args:
         folders: run folders, methods in the order of the table.
         out: where to.
-        baseline, target, last: see `Comparison.of`.
+        baseline, target, last, metric: see `Comparison.of`.
         title: of the figure.
     """
-    comparison = Comparison.of([Run.read(f) for f in folders], baseline=baseline, target=target, last=last)
+    runs = [Run.read(f) for f in folders]
+    comparison = Comparison.of(runs, baseline=baseline, target=target, last=last, metric=metric)
     written = [out / "compare.md", out / "compare.json"]
     written[0].write_text(comparison.markdown() + "\n", encoding="utf-8")
     written[1].write_text(json.dumps(comparison.to_json(), indent=2, default=float) + "\n", encoding="utf-8")
     try:
-        from dynfed_lightning.plots import plot_comparison, plot_factors_compared
+        from dynfed_lightning.plots import plot_comparison, plot_factors_compared, plot_personal
 
         written.append(plot_comparison(comparison, out / "compare.png", title))
-        factors = plot_factors_compared(comparison, out / "factors.png")
-        written += [factors] if factors is not None else []
+        more = [plot_factors_compared(comparison, out / "factors.png"), plot_personal(comparison, out / "personal.png")]
+        written += [path for path in more if path is not None]
     except ImportError as error:
         print(f"dynfed: no figure: {error}", file=sys.stderr)
     _show(comparison)

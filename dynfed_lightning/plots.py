@@ -21,6 +21,12 @@ DASHES: list[Any] = ["-", (0, (5, 1.5)), (0, (1, 1))]
 FEW = 10  # up to this many rounds each has a dot
 INK, FAINT = "#222222", "#8a8a8a"
 DPI = 150
+Y_LABELS = {
+    "accuracy": "test accuracy, %",
+    "own_accuracy": "accuracy on clients' own test distributions, %",
+    "own_accuracy_worst10": "own accuracy of the worst tenth, %",
+    "global_accuracy": "test accuracy of the global model, %",
+}
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -62,18 +68,38 @@ def _integer_x(ax: Axes) -> None:
 
 
 def plot_accuracy(run: Run, path: str | Path) -> Path | None:
-    """Accuracy against megabytes sent and against rounds, side by side. None if the run has no accuracy."""
-    if not np.isfinite(run.accuracy).any():
+    """Accuracy against megabytes sent and against rounds, side by side. None if the run has no accuracy.
+
+    Where clients were judged on their own test distributions, their mean and their worst tenth are drawn too.
+    """
+    kinds = (
+        ("accuracy", "whole test set", COLOURS[0], "-"),
+        ("own_accuracy", "clients' own, mean", COLOURS[1], "-"),
+        ("own_accuracy_worst10", "worst tenth", COLOURS[1], DASHES[1]),
+    )
+    drawn = [kind for kind in kinds if np.isfinite(run.column(kind[0])).any()]
+    if not drawn:
         return None
     figure = _figure(9, 3.4)
     left, right = figure.subplots(1, 2, sharey=True)
-    accuracy, marker = 100 * run.accuracy, "o" if len(run.accuracy) <= 40 else None
-    style = {"color": COLOURS[0], "linewidth": 1.6, "marker": marker, "markersize": 3}
-    if np.nanmax(run.megabytes_up, initial=0) > 0:
-        left.plot(run.megabytes_up, accuracy, **style)
-    else:
+    sent = np.nanmax(run.megabytes_up, initial=0) > 0
+    for name, label, colour, dash in drawn:
+        accuracy, marker = 100 * run.column(name), "o" if len(run.accuracy) <= 40 else None
+        style = {
+            "color": colour,
+            "linestyle": dash,
+            "linewidth": 1.6,
+            "marker": marker,
+            "markersize": 3,
+            "label": label,
+        }
+        if sent:
+            left.plot(run.megabytes_up, accuracy, **style)
+        right.plot(run.column("round"), accuracy, **style)
+    if not sent:
         left.text(0.5, 0.5, "nothing was sent", transform=left.transAxes, ha="center", color=FAINT)
-    right.plot(run.column("round"), accuracy, **style)
+    if len(drawn) > 1:
+        right.legend(frameon=False, fontsize=8, loc="best")
     _integer_x(right)
     _tidy(left, f"{run.label}: accuracy against bytes", "megabytes sent by the clients", "test accuracy, %")
     _tidy(right, "against rounds", "round", "")
@@ -217,8 +243,37 @@ def write_plots(run: Run, folder: str | Path | None = None) -> list[Path]:
         plot_bits(run, folder / "bits.png"),
         plot_factors(run, folder / "factors.png"),
         plot_teachers(run, folder / "teachers.png"),
+        plot_personal(Comparison.of([run]), folder / "personal.png"),
     ]
     return [p for p in made if p is not None]
+
+
+def plot_personal(comparison: Comparison, path: str | Path) -> Path | None:
+    """How well every client is served: accuracy on its own test distribution, clients sorted from the worst to the best.
+
+    Of the last judged round. Several seeds: the mean of their sorted curves, and a band from the lowest to the highest. The
+    worst tenth is shaded. None if no client was judged so.
+    """
+    chosen = [m for m in comparison.methods if any(r.client_accuracies.size for r in m.runs)]
+    if not chosen:
+        return None
+    styles = _styles(comparison)
+    figure = _figure(7.5, 4.2)
+    ax = figure.subplots()
+    ax.axvspan(0, 10, color="#f0f0f0", linewidth=0, zorder=0)
+    for m in chosen:
+        curves = [r.client_accuracies for r in m.runs if r.client_accuracies.size]
+        most = max(map(len, curves))
+        place = (np.arange(most) + 0.5) / most
+        # Seeds may differ in how many clients could be judged: read all their curves at the same places.
+        y = np.stack([np.interp(place, (np.arange(len(c)) + 0.5) / len(c), 100 * c) for c in curves])
+        _curve(ax, 100 * place, y, *styles[m.label])
+        ax.lines[-1].set_label(f"{m.label}  {y.mean():.1f}")
+    ax.set_xlim(0, 100)
+    _tidy(ax, "Each client's own accuracy, from the worst client to the best", "clients, %", "own test accuracy, %")
+    ax.grid(True, color="#e8e8e8", linewidth=0.6)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8.5, title="mean over clients", title_fontsize=8.5)
+    return _save(figure, path)
 
 
 def plot_comparison(comparison: Comparison, path: str | Path, title: str = "") -> Path:
@@ -228,41 +283,40 @@ def plot_comparison(comparison: Comparison, path: str | Path, title: str = "") -
     their curves on the right, in their own colour, with the table's final accuracy; the title says of how many rounds that
     is the mean. The dashed line is the target accuracy.
     """
-    methods = [m for m in comparison.methods if np.isfinite(m.curve("accuracy")).any()]
+    methods = [m for m in comparison.methods if np.isfinite(m.curve(comparison.metric)).any()]
     figure = _figure(11, max(4.2, 1.6 + 0.3 * len(methods)))
     left, right = figure.subplots(1, 2, sharey=True)
     ends = []
     styles = _styles(comparison)
     for method in methods:
         colour, dash = styles[method.label]
-        accuracy = 100 * method.curve("accuracy")
+        accuracy = 100 * method.curve(comparison.metric)
         rounds, sent = method.curve("round").mean(0), method.curve("megabytes_up").mean(0)
         _curve(right, rounds, accuracy, colour, dash)
         if (sent > 0).any():  # local and centralised training send nothing: they have no place on a byte axis
             _curve(left, sent, accuracy, colour, dash)
-        ends.append((float(_final(method, comparison.last)), method.label, colour, rounds[-1], _end(accuracy)))
+        ends.append((_final(method, comparison), method.label, colour, rounds[-1], _end(accuracy)))
     _plain_log(left)
     _integer_x(right)
     _limits(left, right, methods)
-    _tidy(
-        left, "Accuracy against what the clients sent", "megabytes sent, all clients together (log)", "test accuracy, %"
-    )
+    what = Y_LABELS.get(comparison.metric, comparison.metric)
+    _tidy(left, "Accuracy against what the clients sent", "megabytes sent, all clients together (log)", what)
     _tidy(right, "Accuracy against rounds", "round", "")
     for ax in (left, right):
         ax.grid(True, which="major", color="#e8e8e8", linewidth=0.6)
-        ax.axhline(100 * comparison.target, color=FAINT, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
-    at = (0.01, 100 * comparison.target)
-    left.text(
-        *at,
-        f" {comparison.baseline}, final",
-        transform=left.get_yaxis_transform(),
-        fontsize=7.5,
-        color=FAINT,
-        va="bottom",
-    )
+        if np.isfinite(comparison.target):
+            ax.axhline(100 * comparison.target, color=FAINT, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+    if np.isfinite(comparison.target):
+        style: dict[str, Any] = {
+            "transform": left.get_yaxis_transform(),
+            "fontsize": 7.5,
+            "color": FAINT,
+            "va": "bottom",
+        }
+        left.text(0.01, 100 * comparison.target, f" {comparison.baseline}, final", **style)
     _name_at_end(right, ends)
     seeds = sorted({len(m.runs) for m in methods})
-    longest = max((m.curve("accuracy").shape[1] for m in methods), default=0)
+    longest = max((m.curve(comparison.metric).shape[1] for m in methods), default=0)
     last = min(comparison.last, longest)
     numbers = f"numbers: mean of the last {last} rounds" if last > 1 else "numbers: the last round"
     note = (
@@ -276,15 +330,15 @@ def plot_comparison(comparison: Comparison, path: str | Path, title: str = "") -
 
 
 def _styles(comparison: Comparison) -> dict[str, tuple[str, Any]]:
-    """Colour and dash of each method that has an accuracy, and of the others after them."""
-    judged = [m for m in comparison.methods if np.isfinite(m.curve("accuracy")).any()]
+    """Colour and dash of each method that has the comparison's metric, and of the others after them."""
+    judged = [m for m in comparison.methods if np.isfinite(m.curve(comparison.metric)).any()]
     order = judged + [m for m in comparison.methods if m not in judged]
     pairs = [(COLOURS[i % len(COLOURS)], DASHES[(i // len(COLOURS)) % len(DASHES)]) for i in range(len(order))]
     return {m.label: pair for m, pair in zip(order, pairs, strict=True)}
 
 
-def _final(method: Method, last: int) -> float:
-    return 100 * float(np.mean([r.final_accuracy(last) for r in method.runs]))
+def _final(method: Method, comparison: Comparison) -> float:
+    return 100 * float(np.mean([r.final_accuracy(comparison.last, comparison.metric) for r in method.runs]))
 
 
 def _end(accuracy: np.ndarray) -> float:

@@ -1,7 +1,8 @@
 """What a run wrote, read back: tables for a terminal and a README, and the numbers behind the figures of `plots.py`.
 
 A run folder holds ``rounds.csv`` (a row per round), ``clients.csv`` (a row per client and round), ``summary.json`` and
-``config.yaml``. Accuracies are fractions of the whole test set, bytes are the lengths of encoded payloads, and a
+``config.yaml``, and ``own_accuracy.csv`` (a row per client, of the last judged round). Accuracies are fractions of the whole
+test set, own accuracies of each client's own test distribution (`OwnTest`); bytes are the lengths of encoded payloads, and a
 megabyte is 10^6 bytes.
 """
 
@@ -18,6 +19,13 @@ from typing import Any
 import numpy as np
 
 MEGABYTE = 1e6
+# Columns of rounds.csv that the methods of a comparison can be judged by, and what tables call them.
+METRICS = {
+    "accuracy": "accuracy %",
+    "own_accuracy": "own accuracy %",
+    "own_accuracy_worst10": "worst 10 % of clients",
+    "global_accuracy": "global accuracy %",
+}
 
 
 def read_csv(path: str | Path) -> dict[str, list[Any]]:
@@ -48,10 +56,11 @@ class Run:
     rounds: dict[str, list[Any]]
     clients: dict[str, list[Any]]
     summary: dict[str, Any]
+    own: dict[str, list[Any]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: str | Path) -> Run:
-        """Read a run folder; ``clients.csv`` and ``summary.json`` may be missing (a run that was interrupted).
+        """Read a run folder; all but ``rounds.csv`` may be missing (a run that was interrupted).
 
         Raises:
             FileNotFoundError: `path` holds no ``rounds.csv``.
@@ -61,13 +70,14 @@ class Run:
             raise FileNotFoundError(
                 f"Expected `run_dir` to be a run's folder with a rounds.csv, but got {str(path)!r}."
             )
-        clients = path / "clients.csv"
+        clients, own = path / "clients.csv", path / "own_accuracy.csv"
         summary = path / "summary.json"
         return cls(
             path=path,
             rounds=read_csv(path / "rounds.csv"),
             clients=read_csv(clients) if clients.is_file() else {},
             summary=json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {},
+            own=read_csv(own) if own.is_file() else {},
         )
 
     @property
@@ -98,18 +108,25 @@ class Run:
         """Megabytes all clients have received by the end of each round, ``[rounds]``."""
         return self.column("total_bytes_down") / MEGABYTE
 
-    def final_accuracy(self, last: int = 5) -> float:
-        """Mean accuracy of the last `last` rounds: one round alone swings by several points on skewed data."""
-        values = self.accuracy[np.isfinite(self.accuracy)]
+    @property
+    def client_accuracies(self) -> np.ndarray:
+        """Each judged client's accuracy on its own test distribution in the last judged round, worst first; ``[clients]``."""
+        return np.sort(np.asarray(self.own.get("own_accuracy", []), dtype=np.float64))
+
+    def final_accuracy(self, last: int = 5, metric: str = "accuracy") -> float:
+        """Mean of `metric` over the last `last` rounds: one round alone swings by several points on skewed data."""
+        values = self.column(metric)
+        values = values[np.isfinite(values)]
         return float(values[-last:].mean()) if values.size else math.nan
 
-    def best_accuracy(self) -> float:
-        values = self.accuracy[np.isfinite(self.accuracy)]
+    def best_accuracy(self, metric: str = "accuracy") -> float:
+        values = self.column(metric)
+        values = values[np.isfinite(values)]
         return float(values.max()) if values.size else math.nan
 
-    def rounds_to(self, target: float) -> float:
-        """The first round whose accuracy is at least `target`; NaN if none is."""
-        reached = np.flatnonzero(self.accuracy >= target - 1e-9)  # a mean of equal numbers may miss them by a bit
+    def rounds_to(self, target: float, metric: str = "accuracy") -> float:
+        """The first round whose `metric` is at least `target`; NaN if none is."""
+        reached = np.flatnonzero(self.column(metric) >= target - 1e-9)  # a mean of equal numbers may miss them by a bit
         return float(self.column("round")[reached[0]]) if reached.size else math.nan
 
     @property
@@ -156,6 +173,11 @@ def summarise(run_dir: str | Path | Run) -> str:
         rows.append(("accuracy", f"{_percent(judged[-1])} at the end, {mean}, {_percent(run.best_accuracy())} best"))
     else:
         rows.append(("accuracy", "-"))
+    own = np.flatnonzero(np.isfinite(run.column("own_accuracy")))
+    if own.size:
+        mean, worst, spread = (run.column(f"own_accuracy{end}")[own[-1]] for end in ("", "_worst10", "_std"))
+        text = f"{_percent(mean)} on clients' own test distributions, {_percent(worst)} for the worst tenth"
+        rows.append(("own", f"{text}, {100 * spread:.1f} standard deviation"))
     for way, total in (("up", run.megabytes_up), ("down", run.megabytes_down)):
         rows.append((f"sent {way}", f"{_mb(total[-1] if total.size else math.nan)} MB"))
     if np.isfinite(bits).any():
@@ -203,7 +225,10 @@ class Method:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the comparison. Arrays have one number a seed; `rounds_to_target` is NaN for a seed that never got there."""
+    """A line of the comparison. Arrays have one number a seed; `rounds_to_target` is NaN for a seed that never got there.
+
+    `final` and `best` are of the comparison's metric, `others` the final values of the other `METRICS` that any run has.
+    """
 
     label: str
     seeds: int
@@ -214,6 +239,7 @@ class Row:
     megabytes_down: float
     uplink_ratio: float
     seconds: float
+    others: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -225,24 +251,36 @@ class Comparison:
         baseline: the label whose uplink is 1 and whose final accuracy is the default target.
         target: the accuracy of "rounds to target", 0..1.
         last: how many rounds at the end make the final accuracy.
+        metric: the column of ``rounds.csv`` that methods are judged by, such as ``own_accuracy``.
     """
 
     methods: list[Method]
     baseline: str
     target: float
     last: int = 5
+    metric: str = "accuracy"
 
     @classmethod
     def of(
-        cls, runs: Sequence[Run], baseline: str | None = None, target: float | None = None, last: int = 5
+        cls,
+        runs: Sequence[Run],
+        baseline: str | None = None,
+        target: float | None = None,
+        last: int = 5,
+        metric: str = "accuracy",
     ) -> Comparison:
         """Group `runs` by label, in order of appearance.
 
         Raises:
-            ValueError: no runs, or no method is called `baseline`.
+            ValueError: no runs, no method is called `baseline`, or no run has the column `metric`.
         """
         if not runs:
             raise ValueError("Expected `runs` to hold at least one finished run, but it is empty.")
+        if metric != "accuracy" and not any(np.isfinite(r.column(metric)).any() for r in runs):
+            known = [m for m in METRICS if any(np.isfinite(r.column(m)).any() for r in runs)]
+            raise ValueError(
+                f"Expected `metric` to be a column of the runs' rounds.csv, such as {known}, but got {metric!r}."
+            )
         methods: dict[str, Method] = {}
         for run in runs:
             methods.setdefault(run.label, Method(run.label)).runs.append(run)
@@ -255,8 +293,14 @@ class Comparison:
         elif baseline not in methods:
             raise ValueError(f"Expected `baseline` to be one of {list(methods)}, but got {baseline!r}.")
         if target is None:
-            target = float(np.mean([r.final_accuracy(last) for r in methods[baseline].runs]))
-        return cls(list(methods.values()), baseline, target, last)
+            target = float(np.mean([r.final_accuracy(last, metric) for r in methods[baseline].runs]))
+        return cls(list(methods.values()), baseline, target, last, metric)
+
+    @property
+    def others(self) -> list[str]:
+        """The `METRICS` beside the one that decides which some run has."""
+        runs = [r for m in self.methods for r in m.runs]
+        return [n for n in METRICS if n != self.metric and any(np.isfinite(r.column(n)).any() for r in runs)]
 
     def rows(self) -> list[Row]:
         """The comparison's numbers, one `Row` a method, in order."""
@@ -269,13 +313,14 @@ class Comparison:
                 Row(
                     label=m.label,
                     seeds=len(m.runs),
-                    final=np.array([r.final_accuracy(self.last) for r in m.runs]),
-                    best=np.array([r.best_accuracy() for r in m.runs]),
-                    rounds_to_target=np.array([r.rounds_to(self.target) for r in m.runs]),
+                    final=np.array([r.final_accuracy(self.last, self.metric) for r in m.runs]),
+                    best=np.array([r.best_accuracy(self.metric) for r in m.runs]),
+                    rounds_to_target=np.array([r.rounds_to(self.target, self.metric) for r in m.runs]),
                     megabytes_up=up,
                     megabytes_down=_last(m, "megabytes_down"),
                     uplink_ratio=up / base_up if base_up > 0 else math.nan,
                     seconds=float(np.mean([r.seconds for r in m.runs])),
+                    others={n: np.array([r.final_accuracy(self.last, n) for r in m.runs]) for n in self.others},
                 )
             )
         return rows
@@ -285,9 +330,10 @@ class Comparison:
         return [
             "method",
             "seeds",
-            f"accuracy % (last {self.last})",
+            f"{METRICS.get(self.metric, self.metric)} (last {self.last})",
             "best %",
-            f"rounds to {100 * self.target:.1f} %",
+            *(METRICS[name] for name in self.others),
+            f"rounds to {100 * self.target:.1f} %" if math.isfinite(self.target) else "rounds to target",
             "MB up",
             "MB down",
             f"uplink / {self.baseline}",
@@ -301,7 +347,8 @@ class Comparison:
                 r.label,
                 str(r.seeds),
                 _spread(100 * r.final),
-                f"{100 * r.best.mean():.1f}",
+                f"{100 * r.best.mean():.1f}" if np.isfinite(r.best).all() else "-",
+                *(_spread(100 * r.others[name]) for name in self.others),
                 _reached(r.rounds_to_target),
                 _mb(r.megabytes_up),
                 _mb(r.megabytes_down),
@@ -321,10 +368,16 @@ class Comparison:
             "baseline": self.baseline,
             "target": self.target,
             "last": self.last,
-            "methods": [
-                {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(r).items()} for r in self.rows()
-            ],
+            "metric": self.metric,
+            "methods": [_plain({k: v for k, v in vars(r).items() if k != "others" or v}) for r in self.rows()],
         }
+
+
+def _plain(value: Any) -> Any:
+    """Arrays as lists."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 def _last(method: Method, name: str) -> float:
@@ -356,6 +409,8 @@ def _ratio(value: float) -> str:
 
 def _spread(values: np.ndarray) -> str:
     """``mean ± sample standard deviation``, or the value alone for one seed."""
+    if not np.isfinite(values).all():
+        return "-"
     return f"{values.mean():.1f} ± {values.std(ddof=1):.1f}" if values.size > 1 else f"{values.mean():.1f}"
 
 
