@@ -27,6 +27,7 @@ _HOMES = {
         "FedProto",
         "FedProx",
         "Local",
+        "QuPeD",
         "Scaffold",
     ],
     "callbacks": ["GradientNorm", "GradientShift", "ProximalTerm", "ScaleLearningRate"],
@@ -42,9 +43,10 @@ _HOMES = {
     "module": ["ClientModule"],
     "mutual": ["MutualDistillation"],
     "partition": ["Dirichlet", "IID", "Natural", "Pathological", "Shards"],
+    "quantization_aware": ["QuantizationAware"],
     "recorder": ["RoundProgress", "RunRecorder"],
     "resources": ["DrawnResources", "GivenResources", "Resources", "TableResources", "UniformResources"],
-    "schedules": ["Constant", "Cosine", "Exponential", "Linear"],
+    "schedules": ["Constant", "Cosine", "Exponential", "Geometric", "Linear"],
     "schema": ["Schema"],
     "stages": ["Cast", "ErrorFeedback", "LowRank", "Quantize", "Rotate", "SkipZeros", "TopK"],
     "text": ["WordTokenizer", "encode_batch", "load_tokenizer"],
@@ -66,6 +68,7 @@ if TYPE_CHECKING:
         FedProto,
         FedProx,
         Local,
+        QuPeD,
         Scaffold,
     )
     from dynfed_lightning.callbacks import GradientNorm, GradientShift, ProximalTerm, ScaleLearningRate
@@ -87,9 +90,10 @@ if TYPE_CHECKING:
     from dynfed_lightning.module import ClientModule
     from dynfed_lightning.mutual import MutualDistillation
     from dynfed_lightning.partition import IID, Dirichlet, Natural, Pathological, Shards
+    from dynfed_lightning.quantization_aware import QuantizationAware
     from dynfed_lightning.recorder import RoundProgress, RunRecorder
     from dynfed_lightning.resources import DrawnResources, GivenResources, Resources, TableResources, UniformResources
-    from dynfed_lightning.schedules import Constant, Cosine, Exponential, Linear
+    from dynfed_lightning.schedules import Constant, Cosine, Exponential, Geometric, Linear
     from dynfed_lightning.schema import Schema
     from dynfed_lightning.stages import Cast, ErrorFeedback, LowRank, Quantize, Rotate, SkipZeros, TopK
     from dynfed_lightning.text import WordTokenizer, encode_batch, load_tokenizer

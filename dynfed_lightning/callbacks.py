@@ -7,7 +7,7 @@ Lightning calls after mixed precision has unscaled them and before they are clip
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
@@ -74,6 +74,10 @@ class ExtraLoss(L.Callback):
     def before_step(self, pl_module: L.LightningModule, batch: Any) -> None:
         """Called right before the module's own ``training_step``."""
 
+    def own_step(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the module's own ``training_step``; what it returned."""
+        return step(*args, **kwargs)
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Wrap the module's ``training_step``.
 
@@ -92,7 +96,7 @@ class ExtraLoss(L.Callback):
             batch = args[0] if args else kwargs["batch"]
             index = args[1] if len(args) > 1 else kwargs.get("batch_idx", 0)
             self.before_step(pl_module, batch)
-            output = original(*args, **kwargs)
+            output = self.own_step(original, args, kwargs)
             loss = output.get("loss") if isinstance(output, Mapping) else output
             if loss is None:
                 return output

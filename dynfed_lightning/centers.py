@@ -14,45 +14,68 @@ prox_eta1      `after_weights`, once the module's optimiser has stepped
 prox_eta2      `after_centers`
 Q_c            `harden`: weights become their nearest centres, assignments are frozen (`index`)
 =============  ==========================================================================================
+
+One step of algorithm 1, around any optimiser::
+
+    engine.at(epoch, epochs)                                          # P, lam and e2 of this epoch
+    loss = f(x) + f(engine.soft())                                    # g
+    loss.backward(); optimizer.step()
+    engine.after_weights(rates)                                       # x+
+    h = torch.autograd.grad(f(engine.soft(False, True)), engine.centers)
+    engine.after_centers(h)                                           # c+
 """
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dynfed_lightning import ops
-from dynfed_lightning.schedules import Linear, Schedule, as_schedule
+from dynfed_lightning.schedules import Geometric, Linear, Schedule, as_schedule
 
 Bits = int | Mapping[str, int | None] | Callable[[str, nn.Parameter], int | None] | None
+Start = Mapping[str, Tensor | Sequence[float]] | Callable[[str, Tensor, int], Tensor] | None
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
-class Falling:
-    """``start * (end / start) ** (t / (T - 1))``: from `start` to `end`, by the same factor every epoch."""
-
-    def __init__(self, start: float, end: float) -> None:
-        if not (start > 0 and end > 0):
-            raise ValueError(f"Expected `start` and `end` to be positive, but got {start} and {end}.")
-        self.start, self.end = start, end
-
-    def __call__(self, t: int, T: int | None = None) -> float:
-        return self.start * (self.end / self.start) ** (min(t / (T - 1), 1.0) if T and T > 1 else 1.0)
-
-
 def candidates(module: nn.Module) -> dict[str, nn.Parameter]:
-    """What could be quantised: trainable floating-point parameters of two or more dimensions outside of normalisation layers."""
+    """What could be quantised: trainable floating-point parameters of two or more dimensions, in the order of registration,
+    but for those of normalisation layers and of ``torch.nn.utils.parametrizations`` (they are not what the layer multiplies
+    by). One that several layers share is one, under its first name."""
     norms = {id(p) for m in module.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
     return {
         n: p
         for n, p in module.named_parameters()
-        if p.requires_grad and p.is_floating_point() and p.ndim >= 2 and id(p) not in norms
+        if p.requires_grad
+        and p.is_floating_point()
+        and p.ndim >= 2
+        and p.numel()
+        and id(p) not in norms
+        and "parametrizations." not in n
     }
+
+
+def _check_bits(what: str, value: object) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 8):
+        raise ValueError(f"Expected {what} to be an integer from 1 to 8, but got {value!r}.")
+
+
+def check_layer_bits(bits: Bits) -> None:
+    """What can be said of `bits` without a module.
+
+    Raises:
+        ValueError: an integer out of range, or neither integer, mapping, function nor None.
+    """
+    if isinstance(bits, Mapping):
+        for pattern, value in bits.items():
+            _check_bits(f"`bits` of {pattern!r}", value)
+    elif not callable(bits):
+        _check_bits("`bits`", bits)
 
 
 def choose_layers(module: nn.Module, bits: Bits, ends: bool = False) -> dict[str, int]:
@@ -62,33 +85,52 @@ def choose_layers(module: nn.Module, bits: Bits, ends: bool = False) -> dict[str
         module: whose parameters.
         bits: 1 to 8 for all; a mapping from patterns of names (`fnmatch`, the first that matches counts) to bits or None; a
             function of name and parameter; None: none is quantised.
-        ends: quantise the first and the last layer too.
+        ends: quantise the first and the last layer too (in the order of registration).
 
     Raises:
-        ValueError: bits out of range, or a pattern that matches no layer.
+        ValueError: bits out of range, a pattern that matches no layer, or a number of bits where there is no layer.
     """
-    found = candidates(module)
-    names = list(found) if ends else list(found)[1:-1]
+    check_layer_bits(bits)
     if bits is None:
         return {}
+    found = candidates(module)
+    names = list(found) if ends else list(found)[1:-1]
     chosen: dict[str, int | None] = {}
     if isinstance(bits, Mapping):
         for pattern in bits:
-            if not fnmatch.filter(names, pattern):
-                raise ValueError(f"Expected the pattern {pattern!r} of `bits` to match a layer, but there are {names}.")
+            if not any(fnmatchcase(n, pattern) for n in names):
+                kept = [n for n in found if n not in names and fnmatchcase(n, pattern)]
+                advice = f" ({kept[0]!r} is first or last: ends=True)" if kept else ""
+                raise ValueError(
+                    f"Expected the pattern {pattern!r} of `bits` to match a layer, but there are {names}{advice}."
+                )
         for name in names:
-            chosen[name] = next((b for p, b in bits.items() if fnmatch.fnmatch(name, p)), None)
+            chosen[name] = next((b for p, b in bits.items() if fnmatchcase(name, p)), None)
+    elif callable(bits):
+        chosen = {n: bits(n, found[n]) for n in names}
     else:
-        chosen = {n: bits(n, found[n]) if callable(bits) else bits for n in names}
+        if not names:
+            raise ValueError(
+                f"Expected {type(module).__name__} to have layers between the first and the last to quantise, but it has "
+                f"{list(found)} in all: ends=True quantises those too."
+            )
+        chosen = dict.fromkeys(names, bits)
     for name, value in chosen.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 8):
-            raise ValueError(f"Expected `bits` of {name} to be an integer from 1 to 8, but got {value!r}.")
+        _check_bits(f"`bits` of {name!r}", value)
     return {n: b for n, b in chosen.items() if b is not None}
 
 
 @torch.no_grad()
 def first_centers(x: Tensor, bits: int) -> Tensor:
-    """As the authors start: evenly from the least to the largest weight; one bit: the means of the negative and the positive."""
+    """As the authors start: evenly from the least to the largest weight; one bit: the means of the negative and the positive.
+
+    Args:
+        x: floating point, any shape, finite.
+        bits: 1 to 8.
+
+    Returns:
+        float32 ``[2**bits]``, strictly ascending.
+    """
     x = x.detach().float().flatten()
     low, high = float(x.min()), float(x.max())
     if bits == 1 and low < 0 < high:
@@ -100,15 +142,28 @@ def first_centers(x: Tensor, bits: int) -> Tensor:
 
 def ascending(centers: Tensor) -> Tensor:
     """The same centres, sorted, equal ones moved apart by the least step there is."""
-    c = centers.sort().values
-    if bool((c[1:] > c[:-1]).all()):
-        return c
-    values = c.tolist()
+    values = centers.sort().values.tolist()
     up = torch.tensor(math.inf)
     for j in range(1, len(values)):
         if not values[j] > values[j - 1]:
             values[j] = float(torch.nextafter(torch.tensor(values[j - 1]), up))
-    return torch.tensor(values, device=c.device)
+    return torch.tensor(values, device=centers.device)
+
+
+def given_centers(name: str, value: Tensor | Sequence[float], bits: int) -> Tensor:
+    """Centres from a user, float32 ``[m]``, after checking them.
+
+    Raises:
+        ValueError: not 2 to ``2**bits`` finite numbers, strictly ascending.
+    """
+    c = torch.as_tensor(value, dtype=torch.float32).detach().clone()
+    if c.ndim != 1 or not 2 <= len(c) <= 2**bits:
+        raise ValueError(
+            f"Expected 2 to {2**bits} centres of {name!r} at {bits} bits, but got a shape of {tuple(c.shape)}."
+        )
+    if not bool(torch.isfinite(c).all()) or not bool((c[1:] > c[:-1]).all()):
+        raise ValueError(f"Expected the centres of {name!r} to be finite and strictly ascending, but got {c.tolist()}.")
+    return c
 
 
 class LearnedCenters:
@@ -117,11 +172,26 @@ class LearnedCenters:
     Args:
         bits: see `choose_layers`.
         ends: quantise the first and last layer too.
-        sharpness: P, over epochs.
-        lam: the pull towards the centres: ``lam * (epoch + 1)``, or a schedule taken as it is.
-        center_lr: e2, over epochs.
-        clamp: weights of quantised layers are kept in [-clamp, clamp]; None: not.
-        finetune: the share of the epochs, at the end, in which assignments are frozen.
+        sharpness: P, over epochs, positive; None: 10 to 100, linearly.
+        relative_sharpness: divide P by the mean distance of a layer's neighbouring centres, at the start of every epoch: the
+            same P is then equally sharp for layers of small and of large weights.
+        lam: the pull towards the centres, >= 0: a number is multiplied by ``epoch + 1``, a schedule taken as it is.
+        center_lr: e2, over epochs, >= 0; None: 1e-4 to 1e-6, geometrically.
+        clamp: weights of quantised layers are kept in [-clamp, clamp], as by the authors; None: not. Weights that are
+            beyond it before training are an error.
+        finetune: the share of the epochs, 0 to 1, at the end, in which assignments are frozen.
+        start: the first centres: a mapping from patterns of names to ascending numbers (the first that matches counts; other
+            layers as `first_centers`), or a function of a layer's name, weights and bits.
+
+    Attributes:
+        names: of the quantised parameters.
+        parameters: those parameters.
+        centers: per layer float32 ``[m]``, on the parameter's device.
+        index: per layer uint8 in the parameter's shape once frozen; empty before.
+        frozen: whether weights are their centres.
+
+    Raises:
+        ValueError: an argument out of range.
     """
 
     def __init__(
@@ -129,65 +199,157 @@ class LearnedCenters:
         bits: Bits = 2,
         *,
         ends: bool = False,
-        sharpness: float | Schedule = Linear(10.0, 100.0),
+        sharpness: float | Schedule | None = None,
+        relative_sharpness: bool = False,
         lam: float | Schedule = 1e-4,
-        center_lr: float | Schedule = Falling(1e-4, 1e-6),
+        center_lr: float | Schedule | None = None,
         clamp: float | None = 1.0,
         finetune: float = 0.2,
+        start: Start = None,
     ) -> None:
-        self.bits, self.ends, self.clamp, self.finetune = bits, ends, clamp, finetune
-        self.sharpness_at, self.center_lr_at = as_schedule(sharpness), as_schedule(center_lr)
-        self.lam_at: Any = (lambda t, T=None: lam * (t + 1)) if isinstance(lam, (int, float)) else lam
+        check_layer_bits(bits)
+        for name, number in (("sharpness", sharpness), ("lam", lam), ("center_lr", center_lr)):
+            if isinstance(number, (int, float)) and not (number > 0 if name == "sharpness" else number >= 0):
+                least = "positive" if name == "sharpness" else ">= 0"
+                raise ValueError(f"Expected `{name}` to be {least}, but got {number!r}.")
+        if clamp is not None and not clamp > 0:
+            raise ValueError(f"Expected `clamp` to be a positive number or None, but got {clamp!r}.")
+        if isinstance(finetune, bool) or not isinstance(finetune, (int, float)) or not 0 <= finetune <= 1:
+            raise ValueError(f"Expected `finetune` to be a number from 0 to 1, but got {finetune!r}.")
+        if start is not None and not callable(start) and not isinstance(start, Mapping):
+            raise ValueError(f"Expected the first centres as a mapping or a function, but got {type(start).__name__}.")
+        self.bits, self.ends, self.clamp, self.finetune, self.start = bits, ends, clamp, finetune, start
+        self.relative_sharpness = relative_sharpness
+        self.sharpness_at = as_schedule(Linear(10.0, 100.0) if sharpness is None else sharpness)
+        self.center_lr_at = as_schedule(Geometric(1e-4, 1e-6) if center_lr is None else center_lr)
+        self.lam_at = as_schedule(lam)
+        self.lam_grows = isinstance(lam, (int, float))
+        self.layer_bits: dict[str, int] = {}
         self.names: list[str] = []
         self.parameters: list[nn.Parameter] = []
         self.centers: list[Tensor] = []
-        self.index: list[Tensor] = []  # the frozen assignments, once there are any
-        self.sharpness = self.lam = self.center_lr = 0.0
+        self.index: list[Tensor] = []
+        self.sharpness: float | list[float] = 0.0
+        self.lam = self.center_lr = 0.0
 
     @property
     def frozen(self) -> bool:
         """Whether weights are their centres, and the centres alone are trained."""
         return bool(self.index)
 
+    # ------------------------------------------------------------------ start
+
     def attach(self, module: nn.Module, state: Mapping[str, Any] | None = None) -> None:
-        """Find the layers in `module`; start their centres, or take up `state`."""
+        """Find the layers in `module`; start their centres, or take up `state`.
+
+        Raises:
+            ValueError: see `choose_layers`; weights that are not finite or beyond `clamp`; a state of other layers, bits or
+                shapes.
+        """
         chosen = choose_layers(module, self.bits, self.ends)
         live = dict(module.named_parameters())
-        self.names, self.parameters = list(chosen), [live[n] for n in chosen]
-        self.centers = [first_centers(live[n], b) for n, b in chosen.items()]
-        self.index = []
+        parameters = [live[n] for n in chosen]
         if state:
-            self.centers = [state["centers"][n].to(live[n].device) for n in self.names]
-            if "index" in state:
-                self.index = [state["index"][n].to(live[n].device) for n in self.names]
+            centers, index = _taken_up(state, chosen, live, self.start is not None)
+        else:
+            _check_finite(list(chosen), parameters, "weights")
+            self._check_clamp(list(chosen), live)
+            self._check_patterns(list(chosen))
+            centers, index = [self._first(n, live[n], b) for n, b in chosen.items()], []
+        self.layer_bits, self.names, self.parameters = chosen, list(chosen), parameters
+        self.centers, self.index = centers, index
+
+    def _check_clamp(self, names: Sequence[str], live: Mapping[str, nn.Parameter]) -> None:
+        if self.clamp is None:
+            return
+        for name in names:
+            largest = float(live[name].detach().abs().max())
+            if largest > self.clamp:
+                raise ValueError(
+                    f"Expected the weights of {name!r} within `clamp` = {self.clamp}, but the largest is {largest:.4g}: a "
+                    "larger `clamp`, or None, leaves them alone."
+                )
+
+    def _check_patterns(self, names: list[str]) -> None:
+        for pattern in self.start if isinstance(self.start, Mapping) else ():
+            if not any(fnmatchcase(n, pattern) for n in names):
+                raise ValueError(f"Expected the pattern {pattern!r} of the first centres to match one of {names}.")
+
+    def _first(self, name: str, x: Tensor, bits: int) -> Tensor:
+        given = None
+        if isinstance(self.start, Mapping):
+            given = next((c for p, c in self.start.items() if fnmatchcase(name, p)), None)
+        elif self.start is not None:
+            given = self.start(name, x.detach(), bits)
+        return first_centers(x, bits) if given is None else given_centers(name, given, bits).to(x.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Centres, and assignments once frozen."""
-        state: dict[str, Any] = {"centers": dict(zip(self.names, self.centers, strict=True))}
+        """Centres, and assignments once frozen: ``{"centers": {name: float32 [m]}, "index": {name: uint8}}``."""
+        centers = [c.detach() for c in self.centers]
+        state: dict[str, Any] = {"centers": dict(zip(self.names, centers, strict=True))}
         if self.frozen:
             state["index"] = dict(zip(self.names, self.index, strict=True))
         return state
 
-    def at(self, epoch: int, epochs: int) -> None:
-        """Set the schedules, and freeze the assignments when the last phase begins."""
-        self.sharpness = self.sharpness_at(epoch, epochs)
-        self.lam = self.lam_at(epoch, epochs)
-        self.center_lr = self.center_lr_at(epoch, epochs)
-        if (
-            self.names
-            and not self.frozen
-            and self.finetune > 0
-            and epoch >= epochs - math.floor(self.finetune * epochs)
-        ):
-            self.harden()
+    def at(self, epoch: int, epochs: int, *, passes: int | None = None) -> None:
+        """Set the schedules, and freeze the assignments when the last phase begins.
+
+        Args:
+            epoch: from 0; where training is counted in steps, the step.
+            epochs: how many there are.
+            passes: completed passes over the data, for a `lam` that grows with them, where `epoch` is a step.
+        """
+        sharpness = self.sharpness_at(epoch, epochs)
+        lam = self.lam_at(epoch, epochs)
+        if self.lam_grows:
+            lam *= (epoch if passes is None else passes) + 1
+        center_lr = self.center_lr_at(epoch, epochs)
+        if not sharpness > 0 or not lam >= 0 or not center_lr >= 0:
+            raise ValueError(
+                f"Expected a positive sharpness, and `lam` and `center_lr` >= 0, but in epoch {epoch} of {epochs} the "
+                f"schedules give {sharpness}, {lam} and {center_lr}."
+            )
+        self.lam, self.center_lr = lam, center_lr
+        self.sharpness = sharpness
+        last = epoch >= epochs - math.floor(self.finetune * epochs + 1e-9)
+        if self.names and not self.frozen:
+            if self.finetune > 0 and last:
+                self.harden()
+            elif self.relative_sharpness:
+                spans = torch.stack([(c[-1] - c[0]).detach() / (len(c) - 1) for c in self.centers])
+                self.sharpness = [sharpness / s for s in spans.tolist()]
+
+    # ------------------------------------------------------------- every step
 
     def soft(self, weights: bool = True, centers: bool = False) -> dict[str, Tensor]:
-        """``Q~_c(x)`` by name, with a graph to the weights, to the centres, or both; once frozen, the weights as they are."""
-        if self.frozen:
+        """``Q~_c(x)`` by name, with a graph to the weights, to the centres, or both; once frozen, the weights as they are.
+
+        The gradient of `centers` is found in their own ``.grad``, or by ``torch.autograd.grad(loss, engine.centers)``.
+        """
+        if self.frozen or not self.names:
             return dict(zip(self.names, self.parameters, strict=True))
         x = [p if weights else p.detach() for p in self.parameters]
         c = [c.requires_grad_(centers) for c in self.centers]
         return dict(zip(self.names, ops.soft_quantize(x, c, self.sharpness), strict=True))
+
+    @torch.no_grad()
+    def hard(self) -> dict[str, Tensor]:
+        """``Q_c(x)`` by name: tensors of their own; the weights stay as they are."""
+        if self.frozen or not self.names:
+            return {n: p.detach().clone() for n, p in zip(self.names, self.parameters, strict=True)}
+        values = ops.nearest_center([p.data for p in self.parameters], self._plain())[1]
+        return {n: v.to(p.dtype) for n, p, v in zip(self.names, self.parameters, values, strict=True)}
+
+    @torch.no_grad()
+    def distance(self) -> Tensor:
+        """Mean ``|x - Q_c(x)|`` over all quantised weights (2 R over their number): a float32 scalar, 0 once frozen."""
+        total = torch.zeros((), device=self.parameters[0].device if self.parameters else None)
+        if self.frozen or not self.names:
+            return total
+        hard = self.hard()
+        for n, p in zip(self.names, self.parameters, strict=True):
+            total += (p - hard[n]).abs().sum(dtype=torch.float32)
+        return total / sum(p.numel() for p in self.parameters)
 
     @torch.no_grad()
     def after_weights(self, rates: Sequence[float]) -> None:
@@ -199,25 +361,49 @@ class LearnedCenters:
             torch._foreach_clamp_min_(x, -self.clamp)
             torch._foreach_clamp_max_(x, self.clamp)
         if self.lam:
-            c = [c.detach() for c in self.centers]
-            ops.prox_weights(x, c, [r * self.lam / 2 for r in rates], out=x)
+            thresholds = [r * self.lam / 2 for r in rates]
+            if all(t.is_contiguous() for t in x):
+                ops.prox_weights(x, self._plain(), thresholds, out=x)
+            else:  # e.g. channels last
+                for own, new in zip(x, ops.prox_weights(x, self._plain(), thresholds), strict=True):
+                    own.copy_(new)
 
     @torch.no_grad()
     def after_centers(self, gradients: Sequence[Tensor]) -> None:
-        """``c+ = prox_{e2 lam R}(c - e2 h)``; `gradients`: h per layer."""
-        c = [c.detach() for c in self.centers]
-        proposal = [c - self.center_lr * h for c, h in zip(c, gradients, strict=True)]
-        if self.lam:
-            x = [p.data for p in self.parameters]
-            proposal = ops.prox_centers(proposal, x, c, self.center_lr * self.lam)
-        self.centers = [ascending(p) for p in proposal]
+        """``c+ = prox_{e2 lam R}(c - e2 h)``; `gradients`: h per layer.
+
+        Raises:
+            ValueError: a centre became NaN or infinite (then so are the loss or the weights); names the layer.
+        """
+        if not self.names or self.frozen:
+            return
+        c = self._plain()
+        new = [a - self.center_lr * h for a, h in zip(c, gradients, strict=True)]
+        if self.lam and self.center_lr:
+            new = ops.prox_centers(new, [p.data for p in self.parameters], c, self.center_lr * self.lam)
+        new = [a.sort().values for a in new]
+        # One look at all layers: on a GPU, each would be a wait.
+        good = torch.stack([torch.isfinite(a).all() & (a[1:] > a[:-1]).all() for a in new])
+        if not bool(good.all()):
+            _check_finite(self.names, new, "centres")
+            new = [a if ok else ascending(a) for a, ok in zip(new, good.tolist(), strict=True)]
+        self.centers = new
+
+    # --------------------------------------------------------- the last phase
 
     @torch.no_grad()
     def harden(self) -> None:
-        """``x = Q_c(x)``, and freeze who belongs to which centre."""
-        c = [c.detach() for c in self.centers]
-        self.index, values = ops.nearest_center([p.data for p in self.parameters], c)
-        self.centers = c
+        """``x = Q_c(x)``, and freeze who belongs to which centre.
+
+        Raises:
+            ValueError: a weight is NaN or infinite; names the layer.
+        """
+        if not self.names or self.frozen:
+            return
+        _check_finite(self.names, self.parameters, "weights")
+        c = self._plain()
+        index, values = ops.nearest_center([p.data for p in self.parameters], c)
+        self.index, self.centers = list(index), c
         for p, v in zip(self.parameters, values, strict=True):
             p.data.copy_(v)
 
@@ -225,14 +411,60 @@ class LearnedCenters:
     def frozen_gradients(self) -> list[Tensor]:
         """The centres' gradients: the sums of their members'; takes the weights' gradients away from the optimiser."""
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        sums = ops.center_sums(grads, self.index, [len(c) for c in self.centers])
+        grads = [g.to_dense() if g.is_sparse else g for g in grads]
+        sums = ops.center_sums(grads, self.index, [len(c) for c in self.centers]) if self.names else []
         for p in self.parameters:
             p.grad = None
-        return sums
+        return list(sums)
 
     @torch.no_grad()
     def after_frozen(self, gradients: Sequence[Tensor]) -> None:
-        """Step the centres, and set the weights to them."""
+        """Step the centres, and set the weights to them (whatever the optimiser has done to those)."""
         self.centers = [c - self.center_lr * h for c, h in zip(self.centers, gradients, strict=True)]
         for p, c, i in zip(self.parameters, self.centers, self.index, strict=True):
             p.data.copy_(c[i.long()])
+
+    def to(self, device: torch.device | str) -> LearnedCenters:
+        """Move centres and assignments, as ``module.to(device)`` moves the weights."""
+        self.centers = [c.detach().to(device) for c in self.centers]
+        self.index = [i.to(device) for i in self.index]
+        return self
+
+    def _plain(self) -> list[Tensor]:
+        return [c.detach() for c in self.centers]
+
+
+def _check_finite(names: Sequence[str], tensors: Sequence[Tensor], what: str) -> None:
+    good = (
+        [bool(ok) for ok in torch.stack([torch.isfinite(t.detach()).all() for t in tensors]).tolist()] if names else []
+    )
+    for name, ok in zip(names, good, strict=True):
+        if not ok:
+            raise ValueError(f"Expected finite {what} of {name!r}, but got NaN or infinity.")
+
+
+def _taken_up(
+    state: Mapping[str, Any], chosen: Mapping[str, int], live: Mapping[str, nn.Parameter], any_number: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Centres and assignments out of a state, checked against the layers there are."""
+    centers, index = state["centers"], state.get("index")
+    if list(centers) != list(chosen):
+        missing, other = [n for n in chosen if n not in centers], [n for n in centers if n not in chosen]
+        raise ValueError(
+            f"Expected centres of the quantised layers {list(chosen)}, but the state has none of {missing} and some of {other}."
+        )
+    for name, bits in chosen.items():
+        m = len(centers[name])
+        if not (2 if any_number else 2**bits) <= m <= 2**bits:
+            least = "2 to " if any_number else ""
+            raise ValueError(f"Expected {least}{2**bits} centres of {name!r} at {bits} bits, but the state has {m}.")
+        if not bool(torch.isfinite(centers[name]).all()):
+            raise ValueError(f"Expected finite centres of {name!r}, but the state's are not.")
+        if index is not None and (name not in index or index[name].shape != live[name].shape):
+            found = tuple(index[name].shape) if name in index else "none"
+            raise ValueError(
+                f"Expected assignments of shape {tuple(live[name].shape)} of {name!r}, but the state has {found}."
+            )
+    taken = [centers[n].detach().to(live[n].device, torch.float32, copy=True) for n in chosen]
+    frozen = [] if index is None else [index[n].to(live[n].device, copy=True) for n in chosen]
+    return taken, frozen

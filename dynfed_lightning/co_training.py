@@ -1,16 +1,22 @@
-"""What it takes to train a second model inside somebody else's loop: its random numbers, its gradients, its step."""
+"""What it takes to train a second model inside somebody else's loop: its random numbers, its gradients, its step; and to run
+the module's own step again with other weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import copy
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torchmetrics import Metric, MetricCollection
 
 
 class RandomStream:
@@ -47,20 +53,103 @@ class RandomStream:
                 torch.cuda.set_rng_state(before[1], self._cuda)
 
 
-def check_trainer(trainer: Any) -> Precision | None:
+class _Step(nn.Module):
+    """A module whose forward is another module's training step, for ``functional_call``; it remembers the buffers as the step
+    left them, which may have put others in their place."""
+
+    def __init__(self, module: nn.Module, step: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module, self.step = module, step
+        self.after: dict[str, Tensor] = {}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.step(*args, **kwargs)
+        self.after = {n: b.detach() for n, b in self.module.named_buffers()}
+        return output
+
+
+class StepAgain:
+    """Runs a module's own ``training_step`` with other weights or buffers.
+
+    In `silently`, what the step logs or prints goes nowhere, torchmetrics inside the module are not moved, torch's random
+    numbers come from a stream of their own, and numpy's and Python's are put back: the module's own step neither sees nor
+    notices it. Side effects of another kind (a list that the step appends to, a direct call of ``self.logger.experiment``)
+    happen in every pass.
+
+    Args:
+        module: not changed.
+        step: its own, unwrapped ``training_step``.
+        random_stream: for the silent passes.
+    """
+
+    def __init__(self, module: L.LightningModule, step: Callable[..., Any], random_stream: RandomStream) -> None:
+        self.module, self.random = module, random_stream
+        self._step = _Step(module, step)
+        kinds = (Metric, MetricCollection)
+        parents = [m for m in module.modules() if not isinstance(m, kinds)]
+        inside = {id(m) for k in module.modules() if isinstance(k, kinds) for m in k.modules()}
+        self._metrics = [
+            (parent, name, child, copy.deepcopy(child))
+            for parent in parents
+            if id(parent) not in inside
+            for name, child in parent.named_children()
+            if isinstance(child, kinds)
+        ]
+
+    def run(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Mapping[str, Tensor]
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """What the step returns with `tensors`, parameters or buffers by name, in place of the module's own; and the buffers
+        as it left them."""
+        given = {f"module.{n}": t for n, t in tensors.items()}
+        output = torch.func.functional_call(self._step, given, args, kwargs)
+        after, self._step.after = self._step.after, {}
+        return output, after
+
+    def silently(self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """The loss of such a run, None where the step returns none, and nothing else of it."""
+        own = vars(self.module)
+        names = ("log", "log_dict", "print")
+        before = {n: own[n] for n in names if n in own}
+        numpy_state, python_state = np.random.get_state(), random.getstate()
+        try:
+            for n in names:
+                object.__setattr__(self.module, n, _nothing)
+            for parent, name, _, shadow in self._metrics:
+                setattr(parent, name, shadow)
+            with self.random.used():
+                output, _ = self.run(args, kwargs, tensors)
+        finally:
+            for parent, name, metric, shadow in self._metrics:
+                setattr(parent, name, metric)
+                shadow.reset()
+            for n in names:
+                own.pop(n, None)
+            for n, value in before.items():
+                object.__setattr__(self.module, n, value)
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
+        return output.get("loss") if isinstance(output, Mapping) else output
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """What is logged in a silent pass."""
+
+
+def check_trainer(trainer: Any, who: str = "MutualDistillation", what: str = "the peer is") -> Precision | None:
     """The precision plugin, None in the bare loop, after refusing what would train the peer wrongly."""
     strategy = getattr(trainer, "strategy", None)
     if strategy is None:
         return None
     if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
         raise ValueError(
-            f"Expected a single device or DDP under MutualDistillation, but got {type(strategy).__name__}: the peer is not "
+            f"Expected a single device or DDP under {who}, but got {type(strategy).__name__}: {what} not "
             "part of the module, so a strategy that shards or wraps the module would leave it out."
         )
     plugin = trainer.precision_plugin
     if type(plugin) is not Precision and not isinstance(plugin, (MixedPrecision, HalfPrecision, DoublePrecision)):
         raise ValueError(
-            f"Expected `precision` to be 32, 64, 16 or bf16, mixed or true, under MutualDistillation, but got {plugin.precision}."
+            f"Expected `precision` to be 32, 64, 16 or bf16, mixed or true, under {who}, but got {plugin.precision}."
         )
     return plugin
 
@@ -92,6 +181,15 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     for p, count, grad in zip(parameters, used.tolist(), flat.split([p.numel() for p in parameters]), strict=True):
         if count:
             p.grad = grad.view_as(p).to(p.dtype)
+
+
+@torch.no_grad()
+def mean_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The mean of each over the ranks, in one collective: the same bits on all of them."""
+    flat = torch.cat([t.flatten() for t in tensors])
+    torch.distributed.all_reduce(flat)
+    flat /= torch.distributed.get_world_size()
+    return [f.view_as(t) for f, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
 
 
 def clip(trainer: Any, parameters: Sequence[nn.Parameter]) -> None:

@@ -79,6 +79,28 @@ class Exponential:
         return f"Exponential({self.start}, {self.factor}{tail})"
 
 
+class Geometric:
+    """``start * (end / start) ** (t / (T - 1))``: from `start` in the first round to `end` in the last, by the same factor every
+    round, and `end` after it. A range of several magnitudes, e.g. QuPeD's 1e-4 to 1e-6 for the centres.
+
+    Args:
+        start: positive.
+        end: positive.
+    """
+
+    def __init__(self, start: float, end: float) -> None:
+        self.start, self.end = _finite("start", start), _finite("end", end)
+        if not (self.start > 0 and self.end > 0):
+            raise ValueError(f"Expected `start` and `end` to be positive, but got {start} and {end}.")
+
+    def __call__(self, t: int, T: int | None = None) -> float:
+        p = _progress(t, T, "geometric")
+        return self.start ** (1 - p) * self.end**p  # exact at both ends
+
+    def __repr__(self) -> str:
+        return f"Geometric({self.start}, {self.end})"
+
+
 class Linear:
     """``start + (end - start) * t / (T - 1)``: from `start` in the first round to `end` in the last, and `end` after it."""
 
