@@ -70,6 +70,25 @@ def mutual_kl(student_logits: Tensor, teacher_logits: Tensor) -> Sides:
     )
 
 
+def taught_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """``KL(softmax(teacher) || softmax(student))``, with a gradient to both: f_KD of QuPeD (Ozkara et al., NeurIPS 2021).
+
+    The mean over the batch of the sum over classes ("batchmean"), no temperature, in float32 (float64 where both are), outside
+    of autocast.
+
+    Args:
+        student_logits: ``[B, C]``; detach them for the teacher's gradient alone, and the other way round.
+        teacher_logits: ``[B, C]``.
+
+    Returns:
+        a scalar.
+    """
+    with torch.autocast(student_logits.device.type, enabled=False):
+        log_s = F.log_softmax(precise(student_logits), dim=-1)
+        log_t = F.log_softmax(precise(teacher_logits), dim=-1)
+        return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
+
+
 def masked_mse(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean squared difference over the places that `mask` keeps and over the dimensions it does not have.
 

@@ -10,6 +10,7 @@ from dynfed_lightning.algorithms.fedpaq import FedPAQ
 from dynfed_lightning.algorithms.fedproto import FedProto
 from dynfed_lightning.algorithms.fedprox import FedProx
 from dynfed_lightning.algorithms.fml import FML
+from dynfed_lightning.algorithms.quped import QuPeD
 from dynfed_lightning.algorithms.scaffold import Scaffold
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     "FedProto",
     "FedProx",
     "Local",
+    "QuPeD",
     "Scaffold",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -21,7 +21,8 @@ from dynfed_lightning.quiet import isolated_rng
 from dynfed_lightning.seeds import derive_seed
 from dynfed_lightning.tensors import Tensors
 
-Given = nn.Module | Mapping[int, nn.Module] | Callable[[int], nn.Module]
+Given = nn.Module | Mapping[int, nn.Module] | Sequence[nn.Module] | Callable[[int], nn.Module]
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 MOST_CHECKED = 64  # models that a function makes before training, to see whether they fit
 
 
@@ -61,8 +62,9 @@ class LocalModels:
     keeps its own recipe, whichever way it is given.
 
     Args:
-        given: one model that all clients start from; a mapping from client id to model; or a function that makes client
-            `k`'s model, called with the random generators seeded from (seed, k).
+        given: one model that all clients start from; a mapping from client id to model; a list of models, of which client
+            `k` has number ``k % len(list)``; or a function that makes client `k`'s model, called with the random generators
+            seeded from (seed, k).
         what: the argument's name, for messages and for the key in the client's state.
 
     Raises:
@@ -75,10 +77,14 @@ class LocalModels:
                 raise TypeError(f"Expected `{what}` to map client ids to torch modules, but got {given!r}.")
             # YAML and JSON make text of the numbers.
             given = {int(k): m for k, m in given.items()}
+        elif isinstance(given, (list, tuple)):
+            if not given or not all(isinstance(m, nn.Module) for m in given):
+                raise TypeError(f"Expected `{what}` to list torch modules, but got {given!r}.")
+            given = tuple(given)
         elif isinstance(given, type) or not callable(given):
             raise TypeError(
-                f"Expected `{what}` to be a torch module, a mapping of client ids to modules, or a function from a client id "
-                f"to a module, but got {given!r}."
+                f"Expected `{what}` to be a torch module, a mapping of client ids to modules, a list of modules, or a function "
+                f"from a client id to a module, but got {given!r}."
             )
         self.given = given
         self.what = what
@@ -107,6 +113,8 @@ class LocalModels:
             return [0]
         if isinstance(self.given, Mapping):
             return sorted({id(self.given[k]): k for k in range(num_clients)}.values())
+        if isinstance(self.given, tuple):
+            return list(range(min(num_clients, len(self.given))))
         if num_clients <= MOST_CHECKED:
             return list(range(num_clients))
         # At random: an architecture that depends on k modulo something would hide from every n-th client.
@@ -119,7 +127,7 @@ class LocalModels:
             ValueError: the models differ from client to client and `client_id` is None, or there is none for it.
             TypeError: the function made something else.
         """
-        own = _copy(self._first(client_id, seed))
+        own = copy_model(self._first(client_id, seed))
         return own if isinstance(own, L.LightningModule) else Bare(own, module, self.what)
 
     def _first(self, client_id: int | None, seed: int) -> nn.Module:
@@ -128,7 +136,9 @@ class LocalModels:
         if not isinstance(given, nn.Module):
             if client_id is None:
                 raise ValueError(f"Expected a client's id, since `{self.what}` differs from client to client.")
-            if isinstance(given, Mapping):
+            if isinstance(given, tuple):
+                given = given[client_id % len(given)]
+            elif isinstance(given, Mapping):
                 if client_id not in given:
                     raise ValueError(f"Expected `{self.what}` to have a model for client {client_id}, but it has none.")
                 given = given[client_id]
@@ -148,6 +158,9 @@ class LocalModels:
                 hashes = {key: _sha256(m) for key, m in {id(m): m for m in self.given.values()}.items()}
                 text = ",".join(f"{k}:{hashes[id(self.given[k])]}" for k in sorted(self.given))
                 self._hash = hashlib.sha256(text.encode()).hexdigest()
+            elif isinstance(self.given, tuple):
+                text = ",".join(_sha256(m) for m in self.given)
+                self._hash = hashlib.sha256(text.encode()).hexdigest()
             else:
                 self._hash = _sha256(self._first(0, seed))
         return {f"initial {self.what}": self._hash}
@@ -166,7 +179,7 @@ class LocalModels:
         return own
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def copy_model(model: nn.Module) -> nn.Module:
     """A copy, without the Trainer that a LightningModule may have been trained by."""
     inner = [m for m in model.modules() if isinstance(m, L.LightningModule)]
     trainers = [m._trainer for m in inner]
@@ -232,6 +245,15 @@ def check_finite(value: Any, client_id: int, what: str, name: str = "") -> None:
     elif isinstance(value, (Mapping, list, tuple)):
         for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
             check_finite(item, client_id, what, f"{name}.{key}" if name else str(key))
+
+
+def on_cpu(value: Any) -> Any:
+    """A copy of nested dicts and lists, tensors and all, on the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {k: on_cpu(v) for k, v in value.items()}
+    return [on_cpu(v) for v in value] if isinstance(value, list) else value
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -33,7 +33,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dynfed_lightning.algorithm import Client, CodecLike, Received, Reply, Server, Update, total_examples
-from dynfed_lightning.algorithms._local_models import LocalModels, check_finite, kept, mean_scalar, remembered
+from dynfed_lightning.algorithms._local_models import LocalModels, check_finite, kept, mean_scalar, on_cpu, remembered
 from dynfed_lightning.algorithms.fedavg import FedAvg
 from dynfed_lightning.codec import Codec
 from dynfed_lightning.hidden import HiddenLoss
@@ -193,10 +193,10 @@ class FedKD(FedAvg):
         after = mutual.state_dict()
         check_finite(after["projections"], client.id, "W_h")
         if after["projections"]:
-            memory["projections"] = _on_cpu(after["projections"])
+            memory["projections"] = on_cpu(after["projections"])
         for name in _OPTIMIZERS if self.keep_optimizer else ():
             if name in after:  # not its groups: they hold learning rates that a scheduler has lowered
-                memory[name] = {"state": _on_cpu(after[name]["state"])}
+                memory[name] = {"state": on_cpu(after[name]["state"])}
                 check_finite(memory[name], client.id, "optimizer")
         client.state.update(memory)
         losses = mutual.means
@@ -234,12 +234,3 @@ class FedKD(FedAvg):
         server.metrics["teacher_loss"] = mean_scalar(replies, "teacher_loss")
         for r in replies:
             server.client_metrics[r.client_id] = {"teacher_loss": r.scalars["teacher_loss"]}
-
-
-def _on_cpu(value: Any) -> Any:
-    """A copy of nested dicts and lists, tensors and all, on the CPU."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {k: _on_cpu(v) for k, v in value.items()}
-    return [_on_cpu(v) for v in value] if isinstance(value, list) else value
