@@ -44,6 +44,7 @@ _HOMES = {
     "mutual": ["MutualDistillation"],
     "partition": ["Dirichlet", "IID", "Natural", "Pathological", "Shards"],
     "quantization_aware": ["QuantizationAware"],
+    "quantized_file": ["describe_quantized", "load_quantized", "quantized_state_dict", "save_quantized"],
     "recorder": ["RoundProgress", "RunRecorder"],
     "resources": ["DrawnResources", "GivenResources", "Resources", "TableResources", "UniformResources"],
     "schedules": ["Constant", "Cosine", "Exponential", "Geometric", "Linear"],
@@ -91,6 +92,12 @@ if TYPE_CHECKING:
     from dynfed_lightning.mutual import MutualDistillation
     from dynfed_lightning.partition import IID, Dirichlet, Natural, Pathological, Shards
     from dynfed_lightning.quantization_aware import QuantizationAware
+    from dynfed_lightning.quantized_file import (
+        describe_quantized,
+        load_quantized,
+        quantized_state_dict,
+        save_quantized,
+    )
     from dynfed_lightning.recorder import RoundProgress, RunRecorder
     from dynfed_lightning.resources import DrawnResources, GivenResources, Resources, TableResources, UniformResources
     from dynfed_lightning.schedules import Constant, Cosine, Exponential, Geometric, Linear

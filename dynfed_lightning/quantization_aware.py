@@ -11,28 +11,28 @@
 
 from __future__ import annotations
 
-import inspect
+import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dynfed_lightning._quantization_checks import check_setup, training_length
 from dynfed_lightning.callbacks import ExtraLoss
 from dynfed_lightning.centers import Bits, LearnedCenters, Start
 from dynfed_lightning.co_training import (
     RandomStream,
     StepAgain,
-    check_trainer,
     mean_over_ranks,
     start_equal,
     world_size,
 )
+from dynfed_lightning.quantized_file import LayerTable, QuantizedFile, QuantizedLayer, save_quantized
 from dynfed_lightning.schedules import Schedule
 from dynfed_lightning.seeds import derive_seed
 
@@ -161,8 +161,8 @@ class QuantizationAware(ExtraLoss):
         self._trainer, self.steps = trainer, int(loaded.get("steps", 0))
         if not self.engine.names:
             return
-        self._check(trainer, pl_module)
-        self._by_steps, self._end = _length(trainer)
+        check_setup(trainer, pl_module, type(self).__name__)
+        self._by_steps, self._end = training_length(trainer)
         self._clock, self._window, self._tried = None, {}, False
         self._loss, self._losses = None, 0
         if world_size(trainer) > 1:
@@ -186,38 +186,6 @@ class QuantizationAware(ExtraLoss):
             raise ValueError(
                 f"Expected a checkpoint with bits {self.engine.layer_bits}, but it has {dict(loaded['bits'])}."
             )
-
-    def _check(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        name = type(self).__name__
-        check_trainer(trainer, name, "the centres are")
-        if not module.automatic_optimization:
-            raise ValueError(
-                f"Expected a module with automatic optimisation under {name}, but {type(module).__name__} optimises manually."
-            )
-        if "training_step" in vars(module):
-            raise ValueError(
-                f"Expected {type(module).__name__}'s own `training_step` under {name}, which runs it several times a batch, but "
-                "another callback (or torch.compile) has wrapped it."
-            )
-        if "dataloader_iter" in inspect.signature(module.training_step).parameters:
-            raise ValueError(f"Expected `training_step` to take a batch under {name}, but it takes `dataloader_iter`.")
-        for callback in getattr(trainer, "callbacks", ()):
-            if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
-                raise ValueError(
-                    f"Expected no {type(callback).__name__} beside {name}: an average of weights is not among the centres."
-                )
-        for optimizer in trainer.optimizers:
-            if isinstance(optimizer, torch.optim.LBFGS):
-                raise ValueError(f"Expected an optimiser that takes one gradient a step under {name}, but got LBFGS.")
-        for path, m in module.named_modules():
-            if (
-                getattr(m, "is_gradient_checkpointing", False) is True
-                or getattr(m, "gradient_checkpointing", 0) is True
-            ):
-                raise ValueError(
-                    f"Expected no activation checkpointing under {name}, but {path!r} has it: it would compute again with the "
-                    "float weights."
-                )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The weights become their centres, if they are not yet."""
@@ -408,6 +376,38 @@ class QuantizationAware(ExtraLoss):
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._put_back()
 
+    # --------------------------------------------------------------- what it made
+
+    def quantize(self, module: L.LightningModule) -> None:
+        """Quantise a module that was loaded from a checkpoint, with the centres that were given to `load_state_dict`.
+
+        Raises:
+            ValueError: nothing was loaded, or it is of another architecture.
+        """
+        if not self._loaded:
+            raise ValueError("Expected `load_state_dict` with this callback's part of a checkpoint before `quantize`.")
+        self._attach(module, self._loaded)
+        self._loaded = {}
+        self.engine.harden()
+
+    def report(self) -> LayerTable:
+        """The quantised layers as they are now: name, shape, bits, centres and bytes; ``print`` shows a table."""
+        engine = self.engine
+        return LayerTable(
+            QuantizedLayer(n, tuple(p.shape), p.dtype, (len(c) - 1).bit_length(), c.detach().tolist())
+            for n, p, c in zip(engine.names, engine.parameters, engine.centers, strict=True)
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> QuantizedFile:
+        """Write the module, once training has ended, as `save_quantized` does.
+
+        Raises:
+            ValueError: the weights are not their centres yet.
+        """
+        if self._module is None or (self.engine.names and not self.frozen):
+            raise ValueError("Expected `save` after training: the weights become their centres when it ends.")
+        return save_quantized(self._module, path, self.centers)
+
     # -------------------------------------------------------------- checkpoint
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -436,24 +436,6 @@ class QuantizationAware(ExtraLoss):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what `state_dict` gave, when training or evaluation starts next."""
         self._loaded = dict(state_dict)
-
-
-def _length(trainer: Any) -> tuple[bool, int]:
-    """Whether training is counted in steps, and how many steps or epochs there are.
-
-    Raises:
-        ValueError: it has no end.
-    """
-    steps, epochs = trainer.max_steps, trainer.max_epochs
-    bounded = epochs is not None and epochs > 0
-    if steps > 0 and (not bounded or getattr(trainer, "estimated_stepping_batches", steps) == steps):
-        return True, steps
-    if not bounded:
-        raise ValueError(
-            "Expected `max_epochs` or `max_steps` of the Trainer under QuantizationAware, whose schedules and last phase need "
-            "to know the end, but there is neither."
-        )
-    return False, epochs
 
 
 __all__ = ["QuantizationAware"]
