@@ -18,6 +18,8 @@ from ._ops_backends import load_error
 _C = torch.ops.dynfed_lightning_cuda
 CAPABILITY = (8, 0)  # the oldest GPU the kernels are compiled for
 NORM_CHUNK = 2048  # values whose squares a warp adds up: kNormChunk of csrc/cuda/launchers.h
+CENTER_CHUNK = 2048  # values of a layer that a thread block adds up by centre: kCenterChunk
+CENTER_BINS = 260  # counts of members that `prox_centers` keeps for a centre: kCenterBins
 
 
 @cache
@@ -103,3 +105,58 @@ def squared_norm(a: Tensor, out: Tensor) -> None:
     chunks = -(-a.shape[1] * a.shape[2] // NORM_CHUNK)
     partial = torch.empty(a.shape[0] * chunks, dtype=torch.float64, device=a.device)
     _C.squared_norm(a, out, partial)
+
+
+def soft_quantize(
+    x: Sequence[Tensor], centers: Tensor, first: Tensor, sharpness: Tensor, out: Sequence[Tensor]
+) -> None:
+    _C.soft_quantize(list(x), centers, first, sharpness, list(out))
+
+
+def soft_quantize_backward(
+    grad: Sequence[Tensor],
+    x: Sequence[Tensor],
+    centers: Tensor,
+    first: Tensor,
+    sharpness: Tensor,
+    dx: Sequence[Tensor],
+    dcenters: Tensor,
+) -> None:
+    """As the reference. Each thread block adds up, for each centre, what 2048 weights contribute, in float32; a second launch
+    adds up the blocks in float64. Both in a fixed order: the same bits every time.
+    """
+    partial = _partial_sums(x, first, dcenters)
+    _C.soft_quantize_backward(list(grad), list(x), centers, first, sharpness, list(dx), partial, dcenters)
+
+
+def nearest_center(
+    x: Sequence[Tensor], centers: Tensor, first: Tensor, index: Sequence[Tensor], value: Sequence[Tensor]
+) -> None:
+    _C.nearest_center(list(x), centers, first, list(index), list(value))
+
+
+def prox_weights(y: Sequence[Tensor], centers: Tensor, first: Tensor, threshold: Tensor, out: Sequence[Tensor]) -> None:
+    _C.prox_weights(list(y), centers, first, threshold, list(out))
+
+
+def prox_centers(
+    proposal: Tensor, x: Sequence[Tensor], centers: Tensor, first: Tensor, strength: Tensor, out: Tensor
+) -> None:
+    """As the reference, in four rounds over x that count members instead of sorting them: 8 bits of each result a round."""
+    bins = torch.empty(centers.numel() * CENTER_BINS, dtype=torch.int64, device=centers.device)
+    _C.prox_centers(proposal, list(x), centers, first, strength, bins, out)
+
+
+def center_sums(values: Sequence[Tensor], index: Sequence[Tensor], first: Tensor, out: Tensor) -> None:
+    """As the reference; added up as in `soft_quantize_backward`. An index beyond the layer's centres counts nowhere."""
+    _C.center_sums(list(values), list(index), first, _partial_sums(values, first, out), out)
+
+
+def _partial_sums(x: Sequence[Tensor], first: Tensor, total: Tensor) -> Tensor:
+    """Room for the sums of thread blocks, none if `total` is empty; zeros in `total` for layers without values."""
+    if not total.numel():
+        return total
+    counts, chunks = first.diff().tolist(), [-(-t.numel() // CENTER_CHUNK) for t in x]
+    if 0 in chunks:
+        total.zero_()
+    return total.new_empty(sum(m * n for m, n in zip(counts, chunks, strict=True)))

@@ -17,6 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = ROOT / "csrc" / "cuda"
 SOURCES = ("quantize", "dequantize", "pack", "rotate", "symmetric_eigh", "squared_norm")
+SOURCES += ("soft_quantize", "nearest", "prox_centers")
 # Registers a thread, by kernel; a thread block has 256 threads (`symmetric_eigh` up to 544), a multiprocessor 65536 registers.
 REGISTERS = {
     r"quantize_tiles<\d, [01], \d>": 64,
@@ -28,6 +29,11 @@ REGISTERS = {
     r"symmetric_eigh<\(bool\)\d>": 80,
     r"square_chunks<[\w:]+>": 64,
     r"add_chunks": 40,
+    r"soft_quantize": 64,
+    r"soft_quantize_backward<\w+, \w+>": 64,
+    r"nearest_center|prox_weights|center_sums": 64,
+    r"add_partials": 40,
+    r"count_members|narrow_bounds": 64,
 }
 # Kernels and the accesses of 16 bytes that each must have: loads, stores.
 VECTORS = {
@@ -38,11 +44,17 @@ VECTORS = {
     r"unpack_tiles<\d>": (0, 1),
     r"rotate_chunks": (8, 8),
     r"square_chunks<[\w:]+>": (8, 0),
+    # Eight values a thread: two of each for float32, one for each type of half precision.
+    r"soft_quantize|nearest_center|prox_weights": (4, 4),
+    r"soft_quantize_backward<true, \w+>": (8, 4),
+    r"soft_quantize_backward<false, true>": (8, 0),
+    r"count_members|center_sums": (4, 0),
 }
-NARROW = r"quantize_long<\d>|symmetric_eigh<.*>|add_chunks"  # these need no such accesses
-DOUBLES = r"symmetric_eigh<.*>|square_chunks<.*>|add_chunks"
-# One bit has no stochastic rounding; three for long buckets; eigenvectors in two places; norms of four types.
-KERNELS = 8 * 3 * 3 - 3 + 3 + 2 + 8 + 8 + 1 + 2 + 4 + 1
+NARROW = r"quantize_long<\d>|symmetric_eigh<.*>|add_chunks|add_partials|narrow_bounds"  # these need no such accesses
+DOUBLES = r"symmetric_eigh<.*>|square_chunks<.*>|add_chunks|add_partials|narrow_bounds"
+# One bit has no stochastic rounding; three for long buckets; eigenvectors in two places; norms of four types;
+# what there is for learned centres, with gradients to values, centres and both.
+KERNELS = 8 * 3 * 3 - 3 + 3 + 2 + 8 + 8 + 1 + 2 + 4 + 1 + 10
 
 ARCHITECTURES = [pytest.param("80", marks=pytest.mark.slow), "90a"]
 
@@ -133,12 +145,12 @@ def test_the_kernels_read_and_write_16_bytes_at_a_time(kernels: list[Kernel]) ->
         loads, stores = k.count(r"LDG\.\S*128"), k.count(r"STG\.\S*128")
         assert loads >= wanted[0] and stores >= wanted[1], (k.name, loads, stores)
         checked += 1
-    assert checked == KERNELS - 6
+    assert checked == KERNELS - 8
 
 
 def test_double_precision_only_where_it_belongs(kernels: list[Kernel]) -> None:
     with_doubles = [k.name for k in kernels if k.count(r"(DADD|DMUL|DFMA|DSETP|F2F\.\S*64)")]
-    assert len(with_doubles) == 7 and all(re.fullmatch(DOUBLES, name) for name in with_doubles)
+    assert len(with_doubles) == 9 and all(re.fullmatch(DOUBLES, name) for name in with_doubles)
 
 
 def test_rotations_need_neither_division_nor_square_root(kernels: list[Kernel]) -> None:
@@ -158,6 +170,19 @@ def test_philox_multiplies_wide_and_adds_nothing(kernels: list[Kernel]) -> None:
     products = hot.count(r"IMAD\.WIDE\.U32")
     assert 4 * 18 <= products <= 4 * 20 + 16
     assert hot.count(r"(VIADD|IADD3)\b") < 110
+
+
+def test_sigmoids_without_a_division_each(kernels: list[Kernel]) -> None:
+    """Three types of eight values: two boundaries at once share a reciprocal, gradients to the centres take four at once."""
+    for name, exponentials, reciprocals in (
+        ("soft_quantize", 2, 1),
+        ("soft_quantize_backward<true, false>", 1, 1),
+        ("soft_quantize_backward<true, true>", 4, 4),
+        ("soft_quantize_backward<false, true>", 4, 4),
+    ):
+        (kernel,) = (k for k in kernels if k.name == name)
+        assert kernel.count(r"MUFU\.EX2") == 3 * 8 * exponentials
+        assert 3 * 8 * reciprocals <= kernel.count(r"MUFU\.RCP\b") <= 3 * 8 * reciprocals + 2
 
 
 # ---- setup.py: the CUDA part ----

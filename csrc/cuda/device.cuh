@@ -80,6 +80,94 @@ __device__ __forceinline__ float widen(Float16 x) {
 #endif
 }
 
+// The nearest number of half precision, ties to even.
+__device__ __forceinline__ void narrow(float x, float& to) { to = x; }
+
+__device__ __forceinline__ void narrow(float x, BFloat16& to) {
+#ifdef __CUDA_ARCH__
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
+#else
+  const uint32_t bits = bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffffu;
+  to.bits = magnitude > 0x7f800000u ? uint16_t(0x7fff) : uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+#endif
+}
+
+__device__ __forceinline__ void narrow(float x, Float16& to) {
+#ifdef __CUDA_ARCH__
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
+#else
+  const uint32_t bits = bit_cast<uint32_t>(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7fffu;
+  } else if (magnitude >= 0x477ff000u) {  // rounds to 2^16 or beyond
+    half = 0x7c00u;
+  } else if (magnitude < 0x38800000u) {  // denormal: the float's own addition rounds to multiples of 2^-24
+    half = bit_cast<uint32_t>(fabsf(x) + 0.5f) - 0x3f000000u;
+  } else {
+    half = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u) >> 13;
+  }
+  to.bits = uint16_t(sign | half);
+#endif
+}
+
+// ---- eight neighbouring values ----
+
+__device__ __forceinline__ void load8_vector(const float* x, float (&v)[8]) {
+  const float4 a = load4(x), b = load4(x + 4);
+  v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+}
+
+template <class T>
+__device__ __forceinline__ void load8_vector(const T* x, float (&v)[8]) {
+  const uint4 a = __ldcs(reinterpret_cast<const uint4*>(x));
+  const uint32_t words[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] = widen(T{uint16_t(words[i / 2] >> 16 * (i % 2))});
+}
+
+// Values x[0] .. x[count - 1], then zeros. A count of 0 or less touches nothing.
+template <class T>
+__device__ __forceinline__ void load8(const T* x, int count, bool aligned, float (&v)[8]) {
+  if (aligned && count >= 8) {
+    load8_vector(x, v);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] = i < count ? widen(x[i]) : 0.0f;
+}
+
+// f(pointer to values of the right type), for a type that is the same in all threads.
+template <class F>
+__device__ __forceinline__ void with_type(const void* x, DType dtype, const F& f) {
+  if (dtype == DType::kFloat32) {
+    f(static_cast<const float*>(x));
+  } else if (dtype == DType::kBFloat16) {
+    f(static_cast<const BFloat16*>(x));
+  } else {
+    f(static_cast<const Float16*>(x));
+  }
+}
+
+// The first `count` of eight values, and nothing for a count of 0 or less.
+template <class T>
+__device__ __forceinline__ void store8(T* to, int count, bool aligned, const float (&v)[8]) {
+  T narrowed[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) narrow(v[i], narrowed[i]);
+  if (aligned && count >= 8) {
+    uint32_t words[2 * sizeof(T)];
+    memcpy(words, narrowed, sizeof(narrowed));
+#pragma unroll
+    for (int i = 0; i < int(sizeof(T)) / 2; ++i)
+      __stcs(reinterpret_cast<uint4*>(to) + i, make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]));
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    if (i < count) to[i] = narrowed[i];
+}
+
 // ---- packed codes ----
 
 // 32 bits of a stream of words, from bit `shift` < 32 on. `needed` of them are used: only then is the second word read.

@@ -380,6 +380,157 @@ void squared_norm(const Tensor& a, const Tensor& out, const Tensor& partial) {
              "squared_norm");
 }
 
+// ---- learned centres ----
+
+// The layers of a list of tensors, whose centres lie one after the other: those of layer r from first[r] up to first[r + 1].
+class Layers {
+ public:
+  Layers(const std::vector<Tensor>& x, const Tensor& first, int64_t total) : rows_(x.size()) {
+    check_host("first", first, ScalarType::Long, int64_t(x.size()) + 1);
+    const auto* at = static_cast<const int64_t*>(first.const_data_ptr());
+    STD_TORCH_CHECK(at[0] == 0 && at[x.size()] == total && total <= INT32_MAX,
+                    "Expected `first` to begin with 0 and to end with the number of centres.");
+    for (size_t r = 0; r < x.size(); ++r) {
+      const int64_t count = at[r + 1] - at[r];
+      STD_TORCH_CHECK(count >= 1 && count <= kMostCenters && at[r] >= 0 && at[r] <= total, "Expected layer ", r, " to have 1 to ",
+                      kMostCenters, " centres, but got ", count, ".");
+      rows_[r] = {x[r].const_data_ptr(), nullptr, nullptr, x[r].numel(), int32_t(at[r]), int32_t(count), DType::kFloat32, 0.0};
+      partials_ += ceil_div(rows_[r].n, kCenterChunk) * count;
+    }
+  }
+
+  // The tensors themselves may be of any of the three types.
+  void types(const std::vector<Tensor>& x, const Tensor& like) {
+    for (size_t r = 0; r < x.size(); ++r) rows_[r].dtype = input_type(x[r], like);
+  }
+
+  // What goes with each layer: of the type of x.
+  void outs(const char* name, const std::vector<Tensor>& x, const std::vector<Tensor>& out) {
+    check_list(name, x, out);
+    for (size_t r = 0; r < x.size(); ++r) rows_[r].out = out[r].mutable_data_ptr();
+  }
+  void others(const char* name, const std::vector<Tensor>& x, const std::vector<Tensor>& other) {
+    check_list(name, x, other);
+    for (size_t r = 0; r < x.size(); ++r) rows_[r].other = other[r].const_data_ptr();
+  }
+  void indices(const std::vector<Tensor>& x, const std::vector<Tensor>& index) {
+    check_list("index", x, index, true);
+    for (size_t r = 0; r < x.size(); ++r) rows_[r].other = index[r].const_data_ptr();
+  }
+
+  // A number for each layer.
+  void scalars(const char* name, const Tensor& numbers) {
+    check_host(name, numbers, ScalarType::Double, int64_t(rows_.size()));
+    for (size_t r = 0; r < rows_.size(); ++r) rows_[r].scalar = static_cast<const double*>(numbers.const_data_ptr())[r];
+  }
+
+  const CenterRow* data() const { return rows_.data(); }
+  int64_t size() const { return int64_t(rows_.size()); }
+  int64_t partials() const { return partials_; }
+
+ private:
+  static void check_host(const char* name, const Tensor& t, ScalarType dtype, int64_t size) {
+    STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == dtype && t.numel() == size, "Expected `", name,
+                    "` to be a contiguous CPU tensor of ", size, " numbers of the right type.");
+  }
+
+  static void check_list(const char* name, const std::vector<Tensor>& x, const std::vector<Tensor>& other, bool bytes = false) {
+    check_size(name, int64_t(other.size()), int64_t(x.size()));
+    for (size_t r = 0; r < x.size(); ++r) {
+      check_tensor(name, other[r], bytes ? ScalarType::Byte : x[r].scalar_type(), x[r]);
+      check_size(name, other[r].numel(), x[r].numel());
+    }
+  }
+
+  std::vector<CenterRow> rows_;
+  int64_t partials_ = 0;
+};
+
+void soft_quantize(std::vector<Tensor> x, const Tensor& centers, const Tensor& first, const Tensor& sharpness,
+                   std::vector<Tensor> out) {
+  check_tensor("centers", centers, ScalarType::Float, centers);
+  Layers layers(x, first, centers.numel());
+  layers.types(x, centers);
+  layers.outs("out", x, out);
+  layers.scalars("sharpness", sharpness);
+  const DeviceScope scope(centers);
+  check_cuda(dynfed_cuda_soft_quantize(layers.data(), layers.size(), const_floats(centers), scope.stream), "soft_quantize");
+}
+
+// An empty `dx` or `dcenters` is not wanted.
+void soft_quantize_backward(std::vector<Tensor> grad, std::vector<Tensor> x, const Tensor& centers, const Tensor& first,
+                            const Tensor& sharpness, std::vector<Tensor> dx, const Tensor& partial, const Tensor& dcenters) {
+  check_tensor("centers", centers, ScalarType::Float, centers);
+  check_tensor("dcenters", dcenters, ScalarType::Float, centers);
+  check_tensor("partial", partial, ScalarType::Float, centers);
+  Layers layers(x, first, centers.numel());
+  layers.types(x, centers);
+  layers.others("grad", x, grad);
+  layers.scalars("sharpness", sharpness);
+  if (!dx.empty()) layers.outs("dx", x, dx);
+  const bool wanted = dcenters.numel() > 0;
+  if (wanted) {
+    check_size("dcenters", dcenters.numel(), centers.numel());
+    check_size("partial", partial.numel(), layers.partials());
+  }
+  const DeviceScope scope(centers);
+  check_cuda(dynfed_cuda_soft_quantize_backward(layers.data(), layers.size(), const_floats(centers), floats(partial),
+                                                wanted ? floats(dcenters) : nullptr, scope.stream),
+             "soft_quantize_backward");
+}
+
+void nearest_center(std::vector<Tensor> x, const Tensor& centers, const Tensor& first, std::vector<Tensor> index,
+                    std::vector<Tensor> value) {
+  check_tensor("centers", centers, ScalarType::Float, centers);
+  Layers layers(x, first, centers.numel());
+  layers.types(x, centers);
+  layers.indices(x, index);
+  layers.outs("value", x, value);
+  const DeviceScope scope(centers);
+  check_cuda(dynfed_cuda_nearest_center(layers.data(), layers.size(), const_floats(centers), scope.stream), "nearest_center");
+}
+
+void prox_weights(std::vector<Tensor> y, const Tensor& centers, const Tensor& first, const Tensor& threshold,
+                  std::vector<Tensor> out) {
+  check_tensor("centers", centers, ScalarType::Float, centers);
+  Layers layers(y, first, centers.numel());
+  layers.types(y, centers);
+  layers.outs("out", y, out);
+  layers.scalars("threshold", threshold);
+  const DeviceScope scope(centers);
+  check_cuda(dynfed_cuda_prox_weights(layers.data(), layers.size(), const_floats(centers), scope.stream), "prox_weights");
+}
+
+void prox_centers(const Tensor& proposal, std::vector<Tensor> x, const Tensor& centers, const Tensor& first,
+                  const Tensor& strength, const Tensor& bins, const Tensor& out) {
+  for (const auto& [name, t] : {std::pair("centers", centers), std::pair("proposal", proposal), std::pair("out", out)}) {
+    check_tensor(name, t, ScalarType::Float, centers);
+    check_size(name, t.numel(), centers.numel());
+  }
+  check_tensor("bins", bins, ScalarType::Long, centers);
+  check_size("bins", bins.numel(), centers.numel() * kCenterBins);
+  Layers layers(x, first, centers.numel());
+  layers.types(x, centers);
+  layers.scalars("strength", strength);
+  const DeviceScope scope(centers);
+  check_cuda(dynfed_cuda_prox_centers(layers.data(), layers.size(), const_floats(proposal), const_floats(centers),
+                                      centers.numel(), static_cast<uint64_t*>(bins.mutable_data_ptr()), floats(out),
+                                      scope.stream),
+             "prox_centers");
+}
+
+void center_sums(std::vector<Tensor> values, std::vector<Tensor> index, const Tensor& first, const Tensor& partial,
+                 const Tensor& out) {
+  check_tensor("out", out, ScalarType::Float, out);
+  check_tensor("partial", partial, ScalarType::Float, out);
+  Layers layers(values, first, out.numel());
+  layers.types(values, out);
+  layers.indices(values, index);
+  check_size("partial", partial.numel(), layers.partials());
+  const DeviceScope scope(out);
+  check_cuda(dynfed_cuda_center_sums(layers.data(), layers.size(), floats(partial), floats(out), scope.stream), "center_sums");
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(DYNFED_NAMESPACE, m) {
@@ -395,6 +546,14 @@ STABLE_TORCH_LIBRARY(DYNFED_NAMESPACE, m) {
   m.def("rotate(Tensor(a!) x, Tensor table, int block, int seed, bool inverse) -> ()");
   m.def("symmetric_eigh(Tensor a, Tensor(a!) w, Tensor(b!) v) -> bool");
   m.def("squared_norm(Tensor a, Tensor(a!) out, Tensor(b!) partial) -> ()");
+  m.def("soft_quantize(Tensor[] x, Tensor centers, Tensor first, Tensor sharpness, Tensor(a!)[] out) -> ()");
+  m.def("soft_quantize_backward(Tensor[] grad, Tensor[] x, Tensor centers, Tensor first, Tensor sharpness, Tensor(a!)[] dx, "
+        "Tensor(b!) partial, Tensor(c!) dcenters) -> ()");
+  m.def("nearest_center(Tensor[] x, Tensor centers, Tensor first, Tensor(a!)[] index, Tensor(b!)[] value) -> ()");
+  m.def("prox_weights(Tensor[] y, Tensor centers, Tensor first, Tensor threshold, Tensor(a!)[] out) -> ()");
+  m.def("prox_centers(Tensor proposal, Tensor[] x, Tensor centers, Tensor first, Tensor strength, Tensor(a!) bins, "
+        "Tensor(b!) out) -> ()");
+  m.def("center_sums(Tensor[] values, Tensor[] index, Tensor first, Tensor(a!) partial, Tensor(b!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(DYNFED_NAMESPACE, DYNFED_KEY, m) {
@@ -409,4 +568,10 @@ STABLE_TORCH_LIBRARY_IMPL(DYNFED_NAMESPACE, DYNFED_KEY, m) {
   m.impl("rotate", TORCH_BOX(&rotate));
   m.impl("symmetric_eigh", TORCH_BOX(&symmetric_eigh));
   m.impl("squared_norm", TORCH_BOX(&squared_norm));
+  m.impl("soft_quantize", TORCH_BOX(&soft_quantize));
+  m.impl("soft_quantize_backward", TORCH_BOX(&soft_quantize_backward));
+  m.impl("nearest_center", TORCH_BOX(&nearest_center));
+  m.impl("prox_weights", TORCH_BOX(&prox_weights));
+  m.impl("prox_centers", TORCH_BOX(&prox_centers));
+  m.impl("center_sums", TORCH_BOX(&center_sums));
 }

@@ -30,42 +30,6 @@ struct QuantizeList {
 };
 static_assert(sizeof(QuantizeList) <= kParameterBytes, "a list is passed as parameters");
 
-__device__ __forceinline__ void load8_vector(const float* x, float (&v)[8]) {
-  const float4 a = load4(x), b = load4(x + 4);
-  v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
-}
-
-template <class T>
-__device__ __forceinline__ void load8_vector(const T* x, float (&v)[8]) {
-  const uint4 a = __ldcs(reinterpret_cast<const uint4*>(x));
-  const uint32_t words[4] = {a.x, a.y, a.z, a.w};
-#pragma unroll
-  for (int i = 0; i < 8; ++i) v[i] = widen(T{uint16_t(words[i / 2] >> 16 * (i % 2))});
-}
-
-// Values x[0] .. x[count - 1], then zeros. A count of 0 or less touches nothing.
-template <class T>
-__device__ __forceinline__ void load8(const T* x, int count, bool aligned, float (&v)[8]) {
-  if (aligned && count >= 8) {
-    load8_vector(x, v);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 8; ++i) v[i] = i < count ? widen(x[i]) : 0.0f;
-}
-
-// f(pointer to values of the right type), for a type that is the same in all threads.
-template <class F>
-__device__ __forceinline__ void with_type(const void* x, DType dtype, const F& f) {
-  if (dtype == DType::kFloat32) {
-    f(static_cast<const float*>(x));
-  } else if (dtype == DType::kBFloat16) {
-    f(static_cast<const BFloat16*>(x));
-  } else {
-    f(static_cast<const Float16*>(x));
-  }
-}
-
 // The larger magnitude; NaN if one of them is, which `largest` then shows as the integer maximum would: above all numbers.
 __device__ __forceinline__ float larger_magnitude(float a, float b) {
 #ifdef __CUDA_ARCH__

@@ -206,6 +206,10 @@ struct alignas(16) float4 {
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
@@ -228,6 +232,14 @@ inline int atomicOr(int* p, int value) {
   return before;
 }
 
+template <class T>
+T atomicAdd(T* p, T value) {
+  const T before = *shim::aligned(p);
+  *p = before + value;
+  return before;
+}
+inline int __popc(uint32_t x) { return __builtin_popcount(x); }
+
 inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
   return uint32_t(((uint64_t(high) << 32) | low) >> (shift & 31));
 }
@@ -241,6 +253,16 @@ T __shfl_sync(uint32_t mask, T value, int source) {
 template <class T>
 T __shfl_xor_sync(uint32_t mask, T value, int lanes) {
   return shim::exchange(mask, value, (threadIdx.x % shim::kWarp) ^ unsigned(lanes));
+}
+template <class T>
+T __shfl_up_sync(uint32_t mask, T value, unsigned lanes) {
+  const unsigned lane = threadIdx.x % shim::kWarp;
+  return shim::exchange(mask, value, lane < lanes ? lane : lane - lanes);
+}
+inline uint32_t __ballot_sync(uint32_t mask, bool value) {
+  uint32_t bits = uint32_t(value) << threadIdx.x % shim::kWarp;
+  for (int lanes = 1; lanes < int(shim::kWarp); lanes *= 2) bits |= __shfl_xor_sync(mask, bits, lanes);
+  return bits;
 }
 
 inline float __fadd_rn(float a, float b) { return a + b; }
@@ -257,6 +279,10 @@ using cudaError_t = int;
 using cudaStream_t = void*;
 enum { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
+  std::memset(p, value, bytes);
+  return cudaSuccess;
+}
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;

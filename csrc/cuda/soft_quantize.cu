@@ -1,0 +1,256 @@
+// Soft quantisation to learned centres, its gradients, and sums by centre: a launch for up to 70 layers, and a second one that
+// adds up what the thread blocks of the first have found for each centre.
+//
+// Between the centres j - 1 and j lies boundary j: s_j = sigmoid(P (x - middle_j)), and h_j = s_j (1 - s_j). The exponential is
+// cut off at a power of two so large that s_j is nothing beside 1. What is not a number stays so.
+#include <algorithm>
+
+#include "centers.cuh"
+
+namespace dynfed::cuda {
+namespace {
+
+constexpr float kLog2e = 1.44269504088896340736f;
+constexpr float kPairCut = 60.0f;  // two of them multiply, and their product is inverted
+constexpr float kCut = 126.0f;     // the inverse is no denormal yet
+
+// The smaller one; NaN if x is.
+__device__ __forceinline__ float at_most(float x, float bound) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(bound));
+  return y;
+#else
+  return x > bound ? bound : x;
+#endif
+}
+
+__device__ __forceinline__ float exp2_approximate(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
+#endif
+}
+
+__device__ __forceinline__ float inverse_approximate(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.0f / x;
+#endif
+}
+
+// 2^(slope (x - middle)), slope = -P log2(e): s = 1 / (1 + this). The difference comes first: a product with x would lose the
+// digits that a large sharpness needs.
+__device__ __forceinline__ float exponential(float x, float middle, float slope, float cut) {
+  return exp2_approximate(at_most((x - middle) * slope, cut));
+}
+
+struct __align__(8) Boundary {
+  float middle, step;
+};
+
+// The boundaries of a layer, up to an even number of them: one more without a step.
+__device__ __forceinline__ void fill(Boundary* boundaries, const float* centers, int count) {
+  for (int j = int(threadIdx.x); j < kMostCenters; j += kThreads) {
+    const bool inside = j > 0 && j < count;
+    const float low = inside ? centers[j - 1] : 0.0f, high = inside ? centers[j] : 0.0f;
+    boundaries[j] = {middle(low, high), high - low};
+  }
+  __syncthreads();
+}
+
+// Two boundaries share a division: a / (1 + e) + b / (1 + f) = (a (1 + f) + b (1 + e)) / ((1 + e) (1 + f)).
+__global__ void __launch_bounds__(kThreads, 4) soft_quantize(const __grid_constant__ CenterList list) {
+  __shared__ Boundary boundaries[kMostCenters + 1];
+  const Place place = place_of(list);
+  const CenterItem& item = list.item[place.row];
+  const float* centers = list.centers + item.first;
+  if (threadIdx.x == 0) boundaries[kMostCenters] = {0.0f, 0.0f};
+  fill(boundaries, centers, item.count);
+  const float slope = -item.scalar * kLog2e, lowest = __ldg(centers);
+  with_type(item.x, item.dtype, [&](const auto* x) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
+    float v[kGroup8], total[kGroup8];
+    load8(x + place.at, place.count, is_aligned(x, 16), v);
+#pragma unroll
+    for (int i = 0; i < kGroup8; ++i) total[i] = lowest;
+#pragma unroll 1
+    for (int j = 1; j < item.count; j += 2) {
+      const Boundary p = boundaries[j], q = boundaries[j + 1];
+#pragma unroll
+      for (int i = 0; i < kGroup8; ++i) {
+        const float a = 1.0f + exponential(v[i], p.middle, slope, kPairCut);
+        const float b = 1.0f + exponential(v[i], q.middle, slope, kPairCut);
+        total[i] = fmaf(fmaf(p.step, b, q.step * a), inverse_approximate(a * b), total[i]);
+      }
+    }
+    T* out = static_cast<T*>(item.out);
+    store8(out + place.at, place.count, is_aligned(out, 16), total);
+  });
+}
+
+// Of a boundary, over this thread's values: the sum of g s, and of g h times P step / 2.
+struct BoundarySums {
+  float value, slope;
+};
+
+// dx = P sum_j step_j h_j g; and for each centre (A_j - A_{j+1}) - (B_j + B_{j+1}) with A_j = sum g s_j, A_1 = sum g and
+// B_j = P step_j / 2 sum g h_j.
+template <bool kInput, bool kCenters>
+__global__ void __launch_bounds__(kThreads, 4) soft_quantize_backward(const __grid_constant__ CenterList list) {
+  __shared__ Boundary boundaries[kMostCenters];
+  __shared__ float sums[kCenters ? kWarps : 1][kMostCenters];
+  const Place place = place_of(list);
+  const CenterItem& item = list.item[place.row];
+  fill(boundaries, list.centers + item.first, item.count);
+  const float slope = -item.scalar * kLog2e, sharpness = item.scalar;
+  const int count = item.count;
+  with_type(item.x, item.dtype, [&](const auto* x) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
+    const T* grad = static_cast<const T*>(item.other);
+    float v[kGroup8], g[kGroup8];
+    [[maybe_unused]] float dx[kGroup8] = {};
+    load8(x + place.at, place.count, is_aligned(x, 16), v);
+    load8(grad + place.at, place.count, is_aligned(grad, 16), g);
+    BoundarySums last{0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < kGroup8; ++i) last.value += g[i];
+    const auto cross = [&](int j) -> BoundarySums {
+      if (j >= count) return {0.0f, 0.0f};
+      const Boundary boundary = boundaries[j];
+      float value = 0.0f, steep = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kGroup8; ++i) {
+        const float e = exponential(v[i], boundary.middle, slope, kCut), s = inverse_approximate(1.0f + e);
+        const float h = e * s * s;  // 1 - s would have no digits left where s is nearly 1
+        if constexpr (kInput) dx[i] = fmaf(boundary.step, h, dx[i]);
+        if constexpr (kCenters) value = fmaf(g[i], s, value), steep = fmaf(g[i], h, steep);
+      }
+      return {value, 0.5f * sharpness * boundary.step * steep};
+    };
+    if constexpr (kCenters) {
+#pragma unroll 1
+      for (int j = 0; j < count; j += 4) {
+        float own[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const BoundarySums next = cross(j + k + 1);
+          own[k] = (last.value - next.value) - (last.slope + next.slope);
+          last = next;
+        }
+        keep_sums(sums, j, own);
+      }
+    } else {
+#pragma unroll 1
+      for (int j = 1; j < count; ++j) cross(j);
+    }
+    if constexpr (kInput) {
+#pragma unroll
+      for (int i = 0; i < kGroup8; ++i) dx[i] *= sharpness * g[i];
+      T* out = static_cast<T*>(item.out);
+      store8(out + place.at, place.count, is_aligned(out, 16), dx);
+    }
+  });
+  if constexpr (kCenters) write_partial(list, place, sums);
+}
+
+__global__ void __launch_bounds__(kThreads, 4) center_sums(const __grid_constant__ CenterList list) {
+  __shared__ WarpSums sums;
+  const Place place = place_of(list);
+  const CenterItem& item = list.item[place.row];
+  const uint8_t* index = static_cast<const uint8_t*>(item.other);
+  float v[kGroup8];
+  with_type(item.x, item.dtype, [&](const auto* x) { load8(x + place.at, place.count, is_aligned(x, 16), v); });
+  uint32_t low = 0, high = 0;  // four indices each
+  if (place.count >= kGroup8 && is_aligned(index, 8)) {
+    const uint2 both = __ldcs(reinterpret_cast<const uint2*>(index + place.at));
+    low = both.x, high = both.y;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kGroup8; ++i)
+      if (i < place.count) (i < 4 ? low : high) |= uint32_t(index[place.at + i]) << 8 * (i % 4);
+  }
+#pragma unroll 1
+  for (int j = 0; j < item.count; j += 4) {
+    float own[4] = {};
+#pragma unroll
+    for (int i = 0; i < kGroup8; ++i) {
+      const int centre = int((i < 4 ? low : high) >> 8 * (i % 4) & 0xffu) - j;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) own[k] += centre == k ? v[i] : 0.0f;
+    }
+    keep_sums(sums, j, own);
+  }
+  write_partial(list, place, sums);
+}
+
+// A block a centre.
+__global__ void __launch_bounds__(kThreads, 4) add_partials(const __grid_constant__ CenterList list, float* out) {
+  __shared__ double sums[kWarps];
+  const int row = row_of(list.item, list.count, blockIdx.x);
+  const CenterItem& item = list.item[row];
+  const uint32_t j = uint32_t(unit_within(list.item, row, blockIdx.x)), chunks = uint32_t((item.n + kChunk - 1) / kChunk);
+  const float* own = list.partial + item.chunks + j * chunks;
+  double sum = 0.0;
+#pragma unroll 4
+  for (uint32_t i = threadIdx.x; i < chunks; i += kThreads) sum += own[i];
+#pragma unroll
+  for (int d = kWarp / 2; d > 0; d /= 2) sum += __shfl_xor_sync(kAllLanes, sum, d);
+  if (lane_id() == 0) sums[warp_id()] = sum;
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  sum = sums[0];
+#pragma unroll
+  for (int i = 1; i < kWarps; ++i) sum += sums[i];
+  out[item.first + j] = float(sum);
+}
+
+// The sums of the list's rows, from what the kernel before it has left.
+int launch_add(CenterList list, float* out, void* stream) {
+  list.units = 0;
+  for (int r = 0; r < list.count; ++r) list.item[r].end = list.units += uint32_t(list.item[r].count);
+  DYNFED_LAUNCH(add_partials, list.units, kThreads, stream, list, out);
+  return cudaGetLastError();
+}
+
+}  // namespace
+}  // namespace dynfed::cuda
+
+extern "C" int dynfed_cuda_soft_quantize(const dynfed::cuda::CenterRow* rows, int64_t count, const float* centers, void* stream) {
+  using namespace dynfed::cuda;
+  return for_lists(rows, count, centers, nullptr, [&](const CenterList& list) {
+    DYNFED_LAUNCH(soft_quantize, list.units, kThreads, stream, list);
+    return int(cudaGetLastError());
+  });
+}
+
+extern "C" int dynfed_cuda_soft_quantize_backward(const dynfed::cuda::CenterRow* rows, int64_t count, const float* centers,
+                                                  float* partial, float* dcenters, void* stream) {
+  using namespace dynfed::cuda;
+  const bool input = std::any_of(rows, rows + count, [](const CenterRow& row) { return row.out != nullptr; });
+  if (!input && dcenters == nullptr) return 0;
+  const auto kernel = dcenters == nullptr ? soft_quantize_backward<true, false>
+                      : input             ? soft_quantize_backward<true, true>
+                                          : soft_quantize_backward<false, true>;
+  return for_lists(rows, count, centers, partial, [&](const CenterList& list) {
+    DYNFED_LAUNCH(kernel, list.units, kThreads, stream, list);
+    if (const int error = cudaGetLastError()) return error;
+    return dcenters == nullptr ? 0 : launch_add(list, dcenters, stream);
+  });
+}
+
+extern "C" int dynfed_cuda_center_sums(const dynfed::cuda::CenterRow* rows, int64_t count, float* partial, float* out,
+                                       void* stream) {
+  using namespace dynfed::cuda;
+  return for_lists(rows, count, nullptr, partial, [&](const CenterList& list) {
+    DYNFED_LAUNCH(center_sums, list.units, kThreads, stream, list);
+    if (const int error = cudaGetLastError()) return error;
+    return launch_add(list, out, stream);
+  });
+}
