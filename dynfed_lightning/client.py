@@ -15,7 +15,7 @@ from dynfed_lightning.errors import ClientFailure, NonFiniteError
 from dynfed_lightning.message import Message
 from dynfed_lightning.schema import Schema
 from dynfed_lightning.seeds import derive_seed
-from dynfed_lightning.store import MemoryStore, State
+from dynfed_lightning.store import State, Store
 from dynfed_lightning.tensors import Tensors, travelling
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class ClientRuntime:
         *,
         data: Callable[[int], ClientData],
         resources: Callable[[int], Resources],
-        store: MemoryStore,
+        store: Store,
         seed: int,
     ) -> None:
         self.template = template

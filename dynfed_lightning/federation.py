@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from os import PathLike
 from typing import Any
 
 import lightning as L
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynfed_lightning.algorithm import Algorithm, Server
+from dynfed_lightning.algorithm import Algorithm, Client, Server
 from dynfed_lightning.algorithms.fedavg import FedAvg
 from dynfed_lightning.client import ClientRuntime
 from dynfed_lightning.codec import CodecContext
@@ -31,7 +32,7 @@ from dynfed_lightning.outer import federated_data
 from dynfed_lightning.records import ClientRecord, RoundRecord, mean_loss, mean_rank, planned_rounds, round_failure
 from dynfed_lightning.replies import receive
 from dynfed_lightning.seeds import derive_seed
-from dynfed_lightning.store import MemoryStore
+from dynfed_lightning.store import MemoryStore, Store, check_store, make_store, track_checkpoints
 from dynfed_lightning.tensors import travelling
 from dynfed_lightning.transport import InProcessTransport, Transport
 
@@ -55,6 +56,11 @@ class Federation(L.LightningModule):
             method only on their own test distributions, which saves judging rows of classes that a client does not have;
             ``"both"``. A global model is judged on the whole test set anyway.
         evaluate_clients: judge so many clients, always the same ones, drawn with the seed; None: all.
+        store: where what clients remember lies between rounds. None: in memory while it is small, and past `store_limit` in
+            files under ``client_state`` in the Trainer's ``default_root_dir``, which go with the run unless a checkpoint refers
+            to them. ``"memory"``: never on disk. A folder: always on disk, there, and it stays. Or a `Store`; a fit that starts
+            at round 1 empties it. See `DiskStore` for what checkpoints hold.
+        store_limit: bytes of clients' tensors, as a number or as in ``"512MiB"``; 0: on disk from the first one on.
 
     Logs every round ``accuracy`` and ``test_loss`` of the global model on the whole test set (of the clients' own models
     for a personalised method, which may add ``global_accuracy`` and ``global_loss``), ``train_loss``, ``mb_up`` and ``mb_down``
@@ -87,6 +93,8 @@ class Federation(L.LightningModule):
         num_classes: int | None = None,
         evaluate_on: str = "both",
         evaluate_clients: int | None = None,
+        store: str | PathLike[str] | Store | None = None,
+        store_limit: int | str = "1GiB",
     ) -> None:
         super().__init__()
         if not isinstance(module, L.LightningModule):
@@ -105,6 +113,7 @@ class Federation(L.LightningModule):
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"Expected `seed` to be an integer, but got {seed!r}.")
         check_way(evaluate_on, evaluate_clients)
+        check_store(store, store_limit)
         self.automatic_optimization = False
         self.module = module
         # A copy that no Trainer is ever attached to: Lightning attaches itself to child LightningModules, and copying
@@ -118,7 +127,8 @@ class Federation(L.LightningModule):
         self.initial = initial
         self.num_classes = num_classes
         self.evaluate_on, self.evaluate_clients = evaluate_on, evaluate_clients
-        self.store = MemoryStore()
+        self._store_options = (store, store_limit)
+        self.store: Store = MemoryStore()
         self.transport: Transport | None = None
         self.server: Server | None = None
         self.last_round: RoundRecord | None = None
@@ -138,11 +148,12 @@ class Federation(L.LightningModule):
         # A fit that starts at round 1 starts anew; a longer second fit, or a test in between, goes on with what there is.
         fresh = self.server is None or (stage == "fit" and self.trainer.current_epoch == 0)
         if fresh:
-            self.store = MemoryStore()
+            self.store = make_store(*self._store_options, self.trainer.default_root_dir)
             self.last_round, self.own_accuracy = None, {}
             self.total_bytes_up = self.total_bytes_down = 0
             self._sender = DownlinkSender(self.algorithm.downlink)
             self._reasons: set[str] = set()
+        track_checkpoints(self.trainer.strategy, self.store)
         state = {} if fresh or self.server is None else self.server.state
         classes = data.num_classes if self.num_classes is None else self.num_classes
         check_outputs(self._template[0], data, classes)
@@ -307,10 +318,28 @@ class Federation(L.LightningModule):
         weights = server.weights()
 
         def make(k: int) -> L.LightningModule:
-            model = self.algorithm.personal_model(self.store.read(k), server.new_module(), weights, client_id=k)
+            state = self.store.read(k)
+            # Evaluation runs in inference mode, whose tensors could not be trained.
+            with torch.inference_mode(False):
+                model = self.algorithm.personal_model(state, server.new_module(), weights, client_id=k)
+                if self.algorithm.adapts:
+                    self.algorithm.adapt(self._client(server, k, state), model)
             return model.to(self.device)
 
         self._judge.start_own(make, also=self.module if self.algorithm.reports_global else None)
+
+    def _client(self, server: Server, client_id: int, state: dict[str, Any]) -> Client:
+        """A client as `Algorithm.adapt` sees it: it draws the same rows in every evaluation."""
+        return Client(
+            id=client_id,
+            data=self.runtime.data(client_id),
+            resources=self.runtime.resources(client_id),
+            state=state,
+            round=server.round,
+            num_rounds=server.num_rounds,
+            seed=derive_seed(self.seed, "adapt", client_id),
+            executor=self.executor,
+        )
 
     def _end_evaluation(self) -> None:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]

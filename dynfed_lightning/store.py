@@ -1,11 +1,50 @@
-"""What clients remember between rounds: nested dicts and lists of tensors, numbers and strings."""
+"""What clients remember between rounds: nested dicts and lists of tensors, numbers and strings; in memory, or on disk."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
-State = dict[str, Any]
+from lightning.fabric.plugins import CheckpointIO
+from torch import Tensor
+
+from dynfed_lightning.disk_store import DiskStore, Reference
+from dynfed_lightning.state_file import State, StateError
+
+__all__ = ["AutoStore", "DiskStore", "MemoryStore", "State", "StateError", "Store", "TrackedCheckpoints", "make_store"]
+
+FOLDER = "client_state"  # in the Trainer's default_root_dir
+
+
+@runtime_checkable
+class Store(Protocol):
+    """What a federation asks of a store of client state.
+
+    A client works on a copy (`read`) that replaces the stored state only when its round is over (`write`), so a round that
+    fails half-way leaves nothing behind. A store that puts state where a checkpoint refers to it may have
+    ``checkpoint_saved(file, state_dict)`` and ``checkpoint_removed(file)``, which are called for Lightning's checkpoints.
+    """
+
+    def read(self, client_id: int) -> State:
+        """A working copy of a client's state, empty if it has none."""
+
+    def write(self, client_id: int, state: State) -> None:
+        """Replace a client's state; an empty one removes it."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[int]: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint that ``torch.load(weights_only=True)`` can read."""
+
+    def load_state_dict(self, states: Mapping[str, Any]) -> None:
+        """Replace everything by what `state_dict` gave, this store's or another kind's; ``{}``: by nothing."""
 
 
 def copy_tree(value: Any) -> Any:
@@ -18,11 +57,7 @@ def copy_tree(value: Any) -> Any:
 
 
 class MemoryStore:
-    """Client state in memory; only clients that have any take room.
-
-    A client works on a copy (`read`) that replaces the stored state only when its round is over (`write`), so a round that
-    fails half-way leaves nothing behind.
-    """
+    """Client state in memory; only clients that have any take room. A checkpoint holds it all."""
 
     def __init__(self) -> None:
         self._states: dict[int, State] = {}
@@ -44,10 +79,232 @@ class MemoryStore:
     def __iter__(self) -> Iterator[int]:
         return iter(sorted(self._states))
 
-    def state_dict(self) -> dict[str, State]:
+    def state_dict(self) -> dict[str, Any]:
         """Everything, for a checkpoint that ``torch.load(weights_only=True)`` can read."""
         return {str(k): copy_tree(self._states[k]) for k in self}
 
-    def load_state_dict(self, states: dict[str, State]) -> None:
-        """Replace everything by what `state_dict` gave."""
-        self._states = {int(k): copy_tree(v) for k, v in states.items()}
+    def load_state_dict(self, states: Mapping[str, Any]) -> None:
+        """Replace everything by what `state_dict` gave, or by what a `DiskStore`'s refers to.
+
+        Raises:
+            StateError: a file it refers to is missing or damaged; nothing has been replaced then.
+        """
+        if "disk" in states:
+            self._states = dict(Reference(states["disk"]).states())
+        else:
+            self._states = {int(k): copy_tree(v) for k, v in states.items()}
+
+
+class AutoStore:
+    """Client state in memory as long as it is small; all of it on disk once it is larger than `limit`.
+
+    Memory that several clients' states share (the weights that all of a round's clients were sent) counts once.
+
+    Args:
+        folder: of the `DiskStore`, which is temporary: its files go with the run unless a checkpoint refers to them.
+        limit: bytes of tensors.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], limit: int) -> None:
+        self.folder, self.limit = folder, limit
+        self._forget()
+
+    def _forget(self) -> None:
+        self._store: MemoryStore | DiskStore = MemoryStore()
+        self._storages: dict[int, dict[int, int]] = {}  # client -> address of memory -> its bytes
+        self._users: Counter[int] = Counter()  # address of memory -> clients that hold it
+        self.num_bytes = 0  # in memory
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the state has moved to disk."""
+        return isinstance(self._store, DiskStore)
+
+    @property
+    def path(self) -> Path | None:
+        """The folder of the client's files; None in memory."""
+        return self._store.path if isinstance(self._store, DiskStore) else None
+
+    def read(self, client_id: int) -> State:
+        """A working copy of a client's state, empty if it has none."""
+        return self._store.read(client_id)
+
+    def write(self, client_id: int, state: State) -> None:
+        """Replace a client's state; the one that makes the limit pass takes all others to the disk with it."""
+        if isinstance(self._store, MemoryStore):
+            self._count(client_id, state)
+            if self.num_bytes > self.limit:
+                self._move()
+        self._store.write(client_id, state)
+
+    def _count(self, client_id: int, state: State) -> None:
+        for address, size in self._storages.pop(client_id, {}).items():
+            self._users[address] -= 1
+            if not self._users[address]:
+                del self._users[address]
+                self.num_bytes -= size
+        found = dict(_storages(state))
+        if found:
+            self._storages[client_id] = found
+        for address, size in found.items():
+            self.num_bytes += 0 if self._users[address] else size
+            self._users[address] += 1
+
+    def _move(self) -> None:
+        memory, disk = self._store, DiskStore(self.folder, temporary=True)
+        for k in memory:
+            disk.write(k, memory.read(k))
+        self._forget()
+        self._store = disk
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._store)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `MemoryStore.state_dict` and `DiskStore.state_dict`."""
+        return self._store.state_dict()
+
+    def load_state_dict(self, states: Mapping[str, Any]) -> None:
+        """Replace everything by what a store's `state_dict` gave; on disk if it is larger than the limit.
+
+        Raises:
+            StateError: a file it refers to is missing, damaged, or of another run; nothing has been replaced then.
+        """
+        if "disk" in states:
+            found = Reference(states["disk"], Path(self.folder).absolute())
+            found.check()
+            if sum(file.stat().st_size for file, _ in found.files.values()) > self.limit:
+                store = self._store if isinstance(self._store, DiskStore) else DiskStore(self.folder, temporary=True)
+                store.load_state_dict(states)
+                self._forget()
+                self._store = store
+                return
+            states = {str(k): state for k, state in found.states()}
+        self._forget()
+        for k, state in states.items():
+            self.write(int(k), copy_tree(state))
+
+    def checkpoint_saved(self, file: str, reference: Mapping[str, Any]) -> None:
+        """See `DiskStore.checkpoint_saved`."""
+        if isinstance(self._store, DiskStore):
+            self._store.checkpoint_saved(file, reference)
+
+    def checkpoint_removed(self, file: str) -> None:
+        """See `DiskStore.checkpoint_removed`."""
+        if isinstance(self._store, DiskStore):
+            self._store.checkpoint_removed(file)
+
+
+def _storages(value: Any) -> Iterator[tuple[int, int]]:
+    """Address and bytes of the memory of every tensor in a state."""
+    if isinstance(value, Tensor):
+        storage = value.untyped_storage()
+        if storage.nbytes():
+            yield storage.data_ptr(), storage.nbytes()
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _storages(item)
+
+
+class TrackedCheckpoints(CheckpointIO):
+    """Lightning's way of saving and deleting checkpoints, which also tells a store what has become of them.
+
+    Args:
+        inner: what saves and deletes.
+        store: whom to tell.
+    """
+
+    def __init__(self, inner: CheckpointIO, store: Any) -> None:
+        self.inner, self.store = inner, store
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Save, then tell."""
+        self.inner.save_checkpoint(checkpoint, path, storage_options)
+        states = (checkpoint.get("federation") or {}).get("clients") or {}
+        if "disk" in states:
+            self.store.checkpoint_saved(_absolute(path), states)
+        else:
+            self.store.checkpoint_removed(_absolute(path))  # overwritten by one that refers to nothing
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        """As the inner one."""
+        return self.inner.load_checkpoint(*args, **kwargs)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Delete, then tell."""
+        self.inner.remove_checkpoint(path)
+        self.store.checkpoint_removed(_absolute(path))
+
+    def teardown(self) -> None:
+        """As the inner one."""
+        self.inner.teardown()
+
+
+def _absolute(path: Any) -> str:
+    text = os.fspath(path)
+    return text if "://" in text else os.path.abspath(text)
+
+
+def track_checkpoints(strategy: Any, store: Any) -> None:
+    """Make `strategy` tell `store` what becomes of its checkpoints, and no store of a run before."""
+    io = strategy.checkpoint_io
+    inner = io.inner if isinstance(io, TrackedCheckpoints) else io
+    strategy.checkpoint_io = TrackedCheckpoints(inner, store) if hasattr(store, "checkpoint_saved") else inner
+
+
+_UNITS = {"": 1, "B": 1, **{f"{p}iB": 1 << 10 * i for i, p in enumerate("KMGT", 1)}}
+_UNITS |= {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)} | {"kB": 1000}
+
+
+def parse_bytes(name: str, value: int | str) -> int:
+    """A number of bytes: an integer, or text such as ``"512 MiB"`` or ``"2GB"``.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value) if isinstance(value, str) else None
+    if match is None or match[2] not in _UNITS:
+        raise ValueError(
+            f"Expected `{name}` to be a number of bytes, or text such as '512MiB' or '2GB', but got {value!r}."
+        )
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def check_store(store: Any, limit: int | str) -> None:
+    """Refuse what `make_store` cannot make a store of.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    if store is not None and not isinstance(store, str | os.PathLike | Store):
+        raise TypeError(
+            f"Expected `store` to be 'memory', a folder, a Store or None, but got {type(store).__name__}: {store!r}."
+        )
+    if store == "":
+        raise ValueError("Expected `store` to be 'memory', a folder, a Store or None, but got ''.")
+    parse_bytes("store_limit", limit)
+
+
+def make_store(store: Any, limit: int | str, root: str | os.PathLike[str]) -> Store:
+    """The store of a run that begins, empty.
+
+    Args:
+        store: None: an `AutoStore`; ``"memory"``; a folder for a `DiskStore`; or a store, which is emptied.
+        limit: of the `AutoStore`.
+        root: the folder in which its files go to ``client_state``.
+    """
+    if store is None:
+        if "://" in str(root):  # a bucket is no place for files that change every round
+            root = tempfile.gettempdir()
+        return AutoStore(Path(root) / FOLDER, parse_bytes("store_limit", limit))
+    if store == "memory":
+        return MemoryStore()
+    if isinstance(store, str | os.PathLike):
+        return DiskStore(store)
+    store.load_state_dict({})
+    return store
