@@ -27,6 +27,8 @@ _HOMES = {
         "FedProto",
         "FedProx",
         "Local",
+        "PFedMe",
+        "PerFedAvg",
         "QuPeD",
         "Scaffold",
     ],
@@ -69,6 +71,8 @@ if TYPE_CHECKING:
         FedProto,
         FedProx,
         Local,
+        PerFedAvg,
+        PFedMe,
         QuPeD,
         Scaffold,
     )

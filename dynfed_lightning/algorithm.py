@@ -219,6 +219,7 @@ class Algorithm:
         requires_public: the method cannot run without a public set.
         personalised: clients are judged by their own models (`personal_model`), not by the global one.
         reports_global: of a personalised method, whether the global model is judged too (``global_accuracy``).
+        adapts: of a personalised method, whether `adapt` is called for every model that is judged.
         pooled: train on all clients' rows in one place (the centralised end of the scale).
         communicates: False for the ends of the scale, where nothing travels and no bytes are counted.
     """
@@ -229,6 +230,7 @@ class Algorithm:
     requires_public: bool = False
     personalised: bool = False
     reports_global: bool = False
+    adapts: bool = False
     pooled: bool = False
     communicates: bool = True
 
@@ -333,6 +335,16 @@ class Algorithm:
         """
         load_weights(module, global_weights)
         return module
+
+    def adapt(self, client: Client, module: L.LightningModule) -> None:
+        """Fit a client's model to its own rows before it is judged, in place; default: leave it as it is.
+
+        Called where `adapts` says so, after each `personal_model`, in every evaluation.
+
+        Args:
+            client: whose model; its ``state`` is a copy that nobody keeps.
+            module: what `personal_model` returned, on any device; it may be left on another.
+        """
 
 
 def finite_number(value: object) -> float | None:

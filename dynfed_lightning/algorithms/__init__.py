@@ -10,6 +10,8 @@ from dynfed_lightning.algorithms.fedpaq import FedPAQ
 from dynfed_lightning.algorithms.fedproto import FedProto
 from dynfed_lightning.algorithms.fedprox import FedProx
 from dynfed_lightning.algorithms.fml import FML
+from dynfed_lightning.algorithms.perfedavg import PerFedAvg
+from dynfed_lightning.algorithms.pfedme import PFedMe
 from dynfed_lightning.algorithms.quped import QuPeD
 from dynfed_lightning.algorithms.scaffold import Scaffold
 
@@ -25,6 +27,8 @@ __all__ = [
     "FedProto",
     "FedProx",
     "Local",
+    "PFedMe",
+    "PerFedAvg",
     "QuPeD",
     "Scaffold",
 ]

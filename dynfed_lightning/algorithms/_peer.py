@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.optim import Optimizer
 
 from dynfed_lightning.algorithms._local_models import MakeOptimizer
 from dynfed_lightning.capture import Capture
-from dynfed_lightning.co_training import RandomStream, check_trainer, step
+from dynfed_lightning.co_training import RandomStream, StepAgain, check_trainer, step
 from dynfed_lightning.optimizers import one_optimizer, take_up
 from dynfed_lightning.seeds import derive_seed
 
@@ -30,47 +30,14 @@ class Seen(NamedTuple):
     logits: Tensor | None
 
 
-class _Step(nn.Module):
-    """A module's ``training_step`` as a ``forward``, for ``torch.func.functional_call``."""
-
-    def __init__(self, module: L.LightningModule) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: Any) -> Any:
-        return self.module.training_step(*args)
-
-
-def training_loss(
-    module: L.LightningModule, batch: Any, batch_idx: int, weights: Mapping[str, Tensor], statistics: bool = True
-) -> Tensor | None:
-    """The loss of `module`'s own ``training_step``, None for a batch that it skips.
-
-    Args:
-        module: its parameters are read, and those in `weights` are not.
-        batch: of the module's form.
-        batch_idx: which.
-        weights: what stands in for parameters, by name.
-        statistics: let its layers count (batch norm's running means); False: its buffers stay as they are.
-    """
-    held = dict(weights)
-    if not statistics:  # in-place edits go to copies that nobody keeps
-        held |= {n: b.clone() for n, b in module.named_buffers()}
-    if held:
-        held = {f"module.{n}": t for n, t in held.items()}
-        output = functional_call(_Step(module), held, (batch, batch_idx))
-    else:
-        output = module.training_step(batch, batch_idx)
-    return output.get("loss") if isinstance(output, Mapping) else output
-
-
 class Peer:
     """Trains `model` beside the module that a Trainer, or the bare loop, fits: its device, precision, optimiser and schedulers.
 
     Like the peer of `dynfed_lightning.mutual.MutualDistillation` it honours mixed precision with and without a gradient
     scaler and ``gradient_clip_val``, and draws its random numbers (dropout) from a stream of its own: whoever trains beside
     it trains as if it were alone. It takes a step of its own at every batch, before the module's, so gradients cannot be
-    accumulated over batches. Its other hooks (``on_train_start``, ...) are not called.
+    accumulated over batches. Its other hooks (``on_train_start``, ...) are not called, and what it logs in passes that are
+    not its `main` one goes nowhere.
 
     Args:
         model: with a ``training_step``; trained in place.
@@ -95,6 +62,7 @@ class Peer:
         self._capture: Capture | None = None
         self._modes: list[tuple[nn.Module, bool]] = []
         self._random: RandomStream | None = None
+        self._again: StepAgain | None = None
         self._trainer: Any = None
         self._steps = 0
         self._stepped = False
@@ -128,7 +96,7 @@ class Peer:
         Raises:
             ValueError: a strategy or precision under which the model cannot be trained rightly, or accumulated gradients.
         """
-        plugin = check_trainer(trainer)
+        plugin = check_trainer(trainer, type(self).__name__, f"{self.what} is")
         batches = getattr(trainer, "accumulate_grad_batches", 1)
         if batches != 1:
             raise ValueError(
@@ -145,6 +113,7 @@ class Peer:
         if memory:
             take_up(self.optimizer, memory)
         self._random = RandomStream(derive_seed(torch.initial_seed(), "peer"), pl_module.device)
+        self._again = StepAgain(self.model, self.model.training_step, self._random)
         self._trainer, self._steps = trainer, 0
         object.__setattr__(self.model, "_trainer", trainer)  # its step may ask for the epoch
         if self.listen:
@@ -153,7 +122,8 @@ class Peer:
         self.model.zero_grad()
 
     def _note_step(self, *_: Any) -> None:
-        self._stepped = True
+        skipped = getattr(self.optimizer, "found_inf", None)  # a fused optimiser sees for itself whether to skip
+        self._stepped = skipped is None or not bool(skipped)
 
     def stop(self) -> None:
         """Back to the CPU, as the strategy does with the module."""
@@ -162,17 +132,12 @@ class Peer:
             self._capture = None
         for m, training in self._modes:
             m.training = training
-        self._modes, self._trainer = [], None
+        self._modes, self._trainer, self._again = [], None, None
         object.__setattr__(self.model, "_trainer", None)
         self.model.zero_grad()
         self.model.to("cpu")
 
     # -------------------------------------------------------------- every step
-
-    def alone(self) -> Any:
-        """A context in which random numbers are drawn from the model's own stream."""
-        assert self._random is not None
-        return self._random.used()
 
     def run(
         self,
@@ -180,24 +145,45 @@ class Peer:
         batch: Any,
         batch_idx: int,
         weights: Mapping[str, Tensor] | None = None,
-        statistics: bool = True,
+        main: bool = False,
     ) -> Seen | None:
-        """One pass of the model over a batch, None if it skips it. `pl_module` logs for it; see `training_loss`."""
+        """One pass of the model over a batch, None if it skips it.
 
-        def log(name: str, value: Any, *_: Any, **__: Any) -> None:
-            if statistics and (isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)):
-                pl_module.log(f"{self.what}/{name}", value)
-
-        object.__setattr__(self.model, "log", log)  # logging belongs to the module that the Trainer fits
+        Args:
+            pl_module: logs for the model.
+            batch: of the model's form.
+            batch_idx: which.
+            weights: what stands in for parameters, by name.
+            main: log, and let the layers count (batch norm's running means); else buffers stay as they are.
+        """
+        assert self._again is not None and self._random is not None
+        weights = dict(weights or {})
         if self._capture is not None:
             self._capture.start()
-        try:
-            loss = training_loss(self.model, batch, batch_idx, weights or {}, statistics)
-        finally:
-            object.__delattr__(self.model, "log")
+        if main:
+            with self._logged_by(pl_module), self._random.used():
+                output, _ = self._again.run((batch, batch_idx), {}, weights)
+            loss = output.get("loss") if isinstance(output, Mapping) else output
+        else:
+            buffers = {n: b.clone() for n, b in self.model.named_buffers()}  # edited in place, and kept by nobody
+            loss = self._again.silently((batch, batch_idx), {}, {**buffers, **weights})
         if loss is None:
             return None
         return Seen(loss, None if self._capture is None else self._capture.take().logits)
+
+    @contextmanager
+    def _logged_by(self, pl_module: L.LightningModule) -> Iterator[None]:
+        """What the model logs goes to the module that the Trainer fits."""
+
+        def log(name: str, value: Any, *_: Any, **__: Any) -> None:
+            if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1):
+                pl_module.log(f"{self.what}/{name}", value)
+
+        object.__setattr__(self.model, "log", log)
+        try:
+            yield
+        finally:
+            object.__delattr__(self.model, "log")
 
     @property
     def _scaler(self) -> Any:

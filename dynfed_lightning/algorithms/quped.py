@@ -26,7 +26,7 @@ Per batch, with t the logits of w before its step (one pass, shared with w's own
     w <- w - e3 grad_w [ CE(w) + lp (KL(w || x) + KL(w || Q~_c(x))) ]        1 forth, 1 back; of x 2 forth
 
 each line with what the lines above it made, that is 6 passes forth and 4 back (4 and 4 with ``lp=0``), of which FedAvg takes
-1 and 1. With ``exact=False`` all three steps start from the same x and c: 3 and 3. Once assignments are frozen, and in full
+1 and 1. With ``alternate=False`` all three steps start from the same x and c: 3 and 3. Once assignments are frozen, and in full
 precision, x is Q(x), and both terms are one: 3 and 2. ``CE(w)`` is ours (deep mutual learning), off with
 ``global_loss=False``: without it w learns from the clients' models alone.
 """
@@ -99,7 +99,7 @@ class QuPeD(FedAvg):
         clamp: keeps quantised layers' weights in ``[-clamp, clamp]``; None: does not. Models given as `personal` must begin
             within it.
         finetune: share of the rounds, at the end, with frozen assignments, in [0, 1].
-        exact: False: all three steps start from the same x and c, at half the cost; see above.
+        alternate: False: all three steps start from the same x and c, at half the cost; see above.
         keep_optimizer: False: the personal model's optimiser starts anew every round like the module's. Learning rates and
             schedulers do so anyway.
         personal_optimizer: makes the personal models' optimiser from their parameters, instead of the above.
@@ -129,7 +129,7 @@ class QuPeD(FedAvg):
         center_lr: float | Schedule | None = None,
         clamp: float | None = 1.0,
         finetune: float = 0.2,
-        exact: bool = True,
+        alternate: bool = True,
         keep_optimizer: bool = True,
         personal_optimizer: MakeOptimizer | None = None,
         uplink: CodecLike = None,
@@ -142,7 +142,7 @@ class QuPeD(FedAvg):
             if isinstance(value, (int, float)) and not 0 <= value <= 1:
                 raise ValueError(f"Expected `lp` to be in [0, 1], but got {value}.")
             as_schedule(value)
-        self.global_loss, self.exact, self.keep_optimizer = global_loss, exact, keep_optimizer
+        self.global_loss, self.alternate, self.keep_optimizer = global_loss, alternate, keep_optimizer
         self.personal_optimizer = personal_optimizer
         self._settings: dict[str, Any] = {
             "ends": ends,
@@ -271,7 +271,7 @@ class QuPeD(FedAvg):
             lp,
             round=(client.round, client.num_rounds or 1),
             global_loss=self.global_loss,
-            exact=self.exact,
+            alternate=self.alternate,
             memory=client.state.get("optimizer"),
         )
         client.fit(module, callbacks=[steps])
@@ -349,7 +349,7 @@ class PersonalSteps(ExtraLoss):
         lp: lambda_p in this round.
         round: which, of how many.
         global_loss: see `QuPeD`, as the next.
-        exact: see `QuPeD`.
+        alternate: see `QuPeD`.
         memory: of the personal model's optimiser, its ``state_dict`` or its ``state``.
 
     Attributes:
@@ -364,11 +364,11 @@ class PersonalSteps(ExtraLoss):
         *,
         round: tuple[int, int] = (0, 1),
         global_loss: bool = True,
-        exact: bool = True,
+        alternate: bool = True,
         memory: Mapping[str, Any] | None = None,
     ) -> None:
         self.peer, self.centers, self.lp, self.round = peer, centers, lp, round
-        self.global_loss, self.exact = global_loss, exact
+        self.global_loss, self.alternate = global_loss, alternate
         self.lr_factor = 1.0
         self._memory = memory
         self._capture: Capture | None = None
@@ -411,8 +411,7 @@ class PersonalSteps(ExtraLoss):
     ) -> Tensor:
         """Step x and c; what w's step is to lower."""
         w = None if self._capture is None else self._capture.take().logits
-        with self.peer.alone():
-            told = self._steps(pl_module, batch, batch_idx, None if w is None else w.detach())
+        told = self._steps(pl_module, batch, batch_idx, None if w is None else w.detach())
         if told is None:  # the personal model skips this batch, and nobody learns from it
             return loss
         self._note("loss", loss)
@@ -432,12 +431,12 @@ class PersonalSteps(ExtraLoss):
         q, peer = self.centers, self.peer
         soft = bool(q.names) and not q.frozen
 
-        def run(weights: Mapping[str, Tensor] | None = None, statistics: bool = False) -> Seen | None:
-            return peer.run(pl_module, batch, batch_idx, weights, statistics)
+        def run(weights: Mapping[str, Tensor] | None = None, main: bool = False) -> Seen | None:
+            return peer.run(pl_module, batch, batch_idx, weights, main)
 
         # g = grad_x [F(x) + F(Q~_c(x))]. The running statistics of normalisation layers are those of the quantised model,
         # which is what the client uses.
-        passes = [run(), run(q.soft(centers=not self.exact), True)] if soft else [run(statistics=True)]
+        passes = [run(), run(q.soft(centers=not self.alternate), True)] if soft else [run(main=True)]
         seen = [s for s in passes if s is not None]
         if len(seen) < len(passes):
             return None
@@ -446,14 +445,14 @@ class PersonalSteps(ExtraLoss):
         h: list[Tensor] = []
         if q.frozen:
             h = peer.unscaled(q.frozen_gradients())
-        elif soft and not self.exact:
+        elif soft and not self.alternate:
             h = peer.unscaled([torch.zeros_like(c) if c.grad is None else c.grad for c in q.centers])
         if peer.step(self.lr_factor):
             if q.frozen:
                 q.after_frozen(h)
             elif soft:
                 q.after_weights(peer.rates(q.parameters, self.lr_factor))
-                if self.exact:  # h = grad_c F(Q~_c(x+))
+                if self.alternate:  # h = grad_c F(Q~_c(x+))
                     again = run(q.soft(weights=False, centers=True))
                     h = [] if again is None else peer.gradients(self._objective(again, w), q.centers)
                 try:
@@ -462,7 +461,7 @@ class PersonalSteps(ExtraLoss):
                     raise ClientFailure("nan_model", str(error)) from error
         if w is None:
             return []
-        if self.exact:
+        if self.alternate:
             with torch.no_grad():
                 seen = [s for s in ([run(), run(q.soft())] if soft else [run()]) if s is not None]
         return [s.logits.detach() for s in seen if s.logits is not None]
