@@ -22,7 +22,14 @@ from typing import Any
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = ["csrc/ops.cpp", "csrc/cpu/scalar.cpp", "csrc/cpu/avx2.cpp", "csrc/cpu/avx512.cpp", "csrc/cpu/avx512vbmi.cpp"]
+SOURCES = [
+    "csrc/ops.cpp",
+    "csrc/soft.cpp",
+    "csrc/cpu/scalar.cpp",
+    "csrc/cpu/avx2.cpp",
+    "csrc/cpu/avx512.cpp",
+    "csrc/cpu/avx512vbmi.cpp",
+]
 # No -march: an instruction set is chosen per file and at run time, so that the wheel runs on every CPU. No contraction: the
 # results are specified to the bit. The target version is the oldest torch that can load the result (2.11).
 FLAGS = [

@@ -2,131 +2,44 @@
 //
 // Namespace `dynfed_lightning_cpu` is private: dynfed_lightning/_ops_cpu.py calls it, ops.py has checked the arguments. The
 // checks below only keep a wrong call from touching memory that is not the tensor's. `isa`: 0 is the best this CPU has.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
-#include <atomic>
-#include <chrono>
 #include <cmath>
 #include <memory>
 #include <vector>
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 #include "core/eden.h"
 #include "core/eigh.h"
 #include "core/rotate.h"
 #include "core/table.h"
-#include "cpu/kernels.h"
+#include "glue.h"
 
 namespace {
 
+using dynfed::best_isa;
+using dynfed::ceil_div;
+using dynfed::check_buffer;
+using dynfed::expect_writes;
+using dynfed::Input;
+using dynfed::input;
 using dynfed::kBlock;
+using dynfed::kCacheBytes;
+using dynfed::kElementsPerThread;
 using dynfed::Kernels;
+using dynfed::kernels;
+using dynfed::output;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kItemCost = 4 * kBlock;      // what a row of a table costs beside its elements, in elements
-constexpr int64_t kCacheBytes = 32 << 20;      // an output of this size is in no cache when it is read
-constexpr int64_t kElementsPerThread = 32768;  // about 10 us of work; less is not worth waking a thread
-
-int64_t best_isa() {
-#ifdef DYNFED_X86
-  static const int64_t best = [] {
-    __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c") ||
-        !__builtin_cpu_supports("bmi2"))
-      return 1;
-    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
-        !__builtin_cpu_supports("avx512vl"))
-      return 2;
-    return __builtin_cpu_supports("avx512vbmi") ? 4 : 3;
-  }();
-  return best;
-#else
-  return 1;
-#endif
-}
-
-const Kernels& kernels(int64_t isa) {
-  STD_TORCH_CHECK(isa >= 0 && isa <= best_isa(), "Expected `isa` to be from 0 to ", best_isa(), ", but got ", isa, ".");
-#ifdef DYNFED_X86
-  const int64_t level = isa == 0 ? best_isa() : isa;
-  if (level == 4) return dynfed::kAvx512VbmiKernels;
-  if (level == 3) return dynfed::kAvx512Kernels;
-  if (level == 2) return dynfed::kAvx2Kernels;
-#endif
-  return dynfed::kScalarKernels;
-}
-
-int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
 int64_t packed_size(int64_t n, int64_t bits) { return ceil_div(n * bits, 8); }
 
 // ---- tensors and rows as the kernels take them ----
 
-void check_buffer(const char* name, const Tensor& t, ScalarType dtype) {
-  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == dtype, "Expected `", name,
-                  "` to be a contiguous CPU tensor of the right type.");
-}
-
-void check_buffer(const char* name, const Tensor& t, ScalarType dtype, int64_t size) {
-  check_buffer(name, t, dtype);
-  STD_TORCH_CHECK(t.numel() == size, "Expected `", name, "` to have ", size, " elements, but got ", t.numel(), ".");
-}
-
-// Asks for huge pages under a large output before it is first written. A fresh 256 MiB otherwise costs 65536 page faults, which
-// is several times what the kernels cost; memory that has its pages already is left as it is. Where this fails nothing is lost.
-// A virtual machine may have given free huge pages back to its host, and then waits milliseconds for each: so every page is
-// touched here, and after the first slow one the rest, and the next outputs, do with small pages.
-void expect_writes(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHugePage = 2 << 20;
-  constexpr auto kSlow = std::chrono::microseconds(1000);  // a page at hand takes 100 to 200, one of the host's 2700 here
-  constexpr int kPause = 16;
-  static std::atomic<int> pause{0};
-  if (bytes < int64_t(2 * kHugePage)) return;
-  if (pause.load(std::memory_order_relaxed) > 0) {
-    pause.fetch_sub(1, std::memory_order_relaxed);
-    return;
-  }
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~(kHugePage - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) & ~(kHugePage - 1);
-  if (madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) != 0) return;
-  auto before = std::chrono::steady_clock::now();
-  for (uintptr_t page = begin; page < end; page += kHugePage) {
-    __atomic_fetch_or(reinterpret_cast<uint8_t*>(page), 0, __ATOMIC_RELAXED);  // a write that changes nothing
-    const auto now = std::chrono::steady_clock::now();
-    if (now - before > kSlow) {
-      madvise(reinterpret_cast<void*>(page), end - page, MADV_NOHUGEPAGE);
-      pause.store(kPause, std::memory_order_relaxed);
-      return;
-    }
-    before = now;
-  }
-#else
-  (void)data, (void)bytes;
-#endif
-}
-
 // For a tensor that somebody else is about to fill for the first time.
 void expect_writes_to(const Tensor& t) {
   STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous(), "Expected `t` to be a contiguous CPU tensor.");
   expect_writes(t.mutable_data_ptr(), t.numel() * int64_t(t.element_size()));
-}
-
-// Where a kernel writes a whole tensor.
-template <class T>
-T* output(const Tensor& t) {
-  void* const data = t.mutable_data_ptr();
-  expect_writes(data, t.numel() * int64_t(sizeof(T)));
-  return static_cast<T*>(data);
 }
 
 void check_numbers(int64_t bits, int64_t bucket) {
@@ -142,24 +55,6 @@ dynfed::Rounding checked_rounding(int64_t rounding) {
 void check_bucket(int64_t bucket, dynfed::Rounding rounding) {
   STD_TORCH_CHECK(rounding != dynfed::Rounding::kEden || bucket <= dynfed::kEdenBucket, "Expected `bucket` to be at most ",
                   dynfed::kEdenBucket, " with EDEN's rounding, but got ", bucket, ".");
-}
-
-struct Input {
-  const char* data;
-  int64_t n;
-  dynfed::DType dtype;
-  int64_t item_size;
-};
-
-Input input(const Tensor& x) {
-  const ScalarType type = x.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
-                  "Expected `x` to be a tensor of float32, bfloat16 or float16.");
-  check_buffer("x", x, type);
-  const auto dtype = type == ScalarType::Float      ? dynfed::DType::kFloat32
-                     : type == ScalarType::BFloat16 ? dynfed::DType::kBFloat16
-                                                    : dynfed::DType::kFloat16;
-  return {static_cast<const char*>(x.const_data_ptr()), x.numel(), dtype, type == ScalarType::Float ? 4 : 2};
 }
 
 struct Row {

@@ -79,6 +79,47 @@ def squared_norm(a: Tensor, out: Tensor) -> None:
     _C.squared_norm(a, out, instruction_set())
 
 
+# ---- learned centres ----
+
+
+def soft_quantize(
+    x: Sequence[Tensor], centers: Tensor, first: Tensor, sharpness: Tensor, out: Sequence[Tensor]
+) -> None:
+    _C.soft_quantize(list(x), centers, first, sharpness, list(out), instruction_set())
+
+
+def soft_quantize_backward(
+    grad: Sequence[Tensor],
+    x: Sequence[Tensor],
+    centers: Tensor,
+    first: Tensor,
+    sharpness: Tensor,
+    dx: Sequence[Tensor],
+    dcenters: Tensor,
+) -> None:
+    _C.soft_quantize_backward(list(grad), list(x), centers, first, sharpness, list(dx), dcenters, instruction_set())
+
+
+def nearest_center(
+    x: Sequence[Tensor], centers: Tensor, first: Tensor, index: Sequence[Tensor], value: Sequence[Tensor]
+) -> None:
+    _C.nearest_center(list(x), centers, first, list(index), list(value), instruction_set())
+
+
+def prox_weights(y: Sequence[Tensor], centers: Tensor, first: Tensor, threshold: Tensor, out: Sequence[Tensor]) -> None:
+    _C.prox_weights(list(y), centers, first, threshold, list(out), instruction_set())
+
+
+def prox_centers(
+    proposal: Tensor, x: Sequence[Tensor], centers: Tensor, first: Tensor, strength: Tensor, out: Tensor
+) -> None:
+    _C.prox_centers(proposal, list(x), centers, first, strength, out, instruction_set())
+
+
+def center_sums(values: Sequence[Tensor], index: Sequence[Tensor], first: Tensor, out: Tensor) -> int:
+    return _C.center_sums(list(values), list(index), first, out)
+
+
 # ---- of this backend alone, for `_svd_rows`: few long rows ----
 
 

@@ -15,6 +15,8 @@
 namespace dynfed {
 namespace {
 
+#include "floats_avx2.inl"
+
 template <class Vector>
 struct OneLane;  // dense.inl
 
@@ -43,6 +45,7 @@ struct Avx2 {
     DYNFED_INLINE V select(M m, V a, V b) { return _mm256_blendv_pd(b, a, m); }
   };
 
+  using Floats = Floats256;
   struct Codes {
     __m256i part[2];  // 32 bytes each
   };

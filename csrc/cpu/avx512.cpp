@@ -17,6 +17,8 @@
 namespace dynfed {
 namespace {
 
+#include "floats_avx512.inl"
+
 #include "avx512.inl"
 #include "kernels.inl"
 

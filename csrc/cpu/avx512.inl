@@ -29,6 +29,7 @@ struct Avx512 {
     DYNFED_INLINE V select(M m, V a, V b) { return _mm512_mask_blend_pd(m, b, a); }
   };
 
+  using Floats = Floats512;
   using Codes = __m512i;    // 64 bytes
   using Maximum = __m512i;  // 16 bit patterns
   using Sum = __m512i;      // 8 of 64 bits

@@ -17,6 +17,8 @@
 namespace dynfed {
 namespace {
 
+#include "floats_avx512.inl"
+
 #include "avx512.inl"
 
 // Any byte of a vector goes anywhere in one instruction, and any eight bits of a 64-bit word become a byte.

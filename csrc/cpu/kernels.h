@@ -7,11 +7,11 @@
 #pragma once
 #include <cstdint>
 
+#include "soft.h"
+
 namespace dynfed {
 
 constexpr int64_t kBlock = 64;
-
-enum class DType { kFloat32, kBFloat16, kFloat16 };
 
 enum class Rounding { kNearest, kStochastic, kEden };
 
@@ -102,6 +102,13 @@ struct Kernels {
   void (*combine)(const double* t, int64_t count, const void* x, Real type, int64_t rows, int64_t columns, void* out,
                   double* work);
   int64_t lanes;
+  // Learned centres, of a layer's values begin to end; begin is a multiple of kSoftBlock.
+  void (*soft_quantize)(const SoftLayer& layer, int64_t begin, int64_t end);
+  // For at most kSoftBlock values. Adds the sums of g (s_{j-1} - s_j) to sums [0, m), those of g s_j (1 - s_j) to sums [m, 2 m)
+  // unless that is null.
+  void (*soft_backward)(const SoftLayer& layer, int64_t begin, int64_t end, double* sums);
+  void (*nearest)(const SoftLayer& layer, int64_t begin, int64_t end);
+  void (*prox)(const SoftLayer& layer, int64_t begin, int64_t end);
 };
 
 extern const Kernels kScalarKernels;

@@ -14,7 +14,7 @@
 //   Values, load_values(p), store_values(p, Values)   64 floats in registers; kSegment is how many of these fit beside the rest
 //   scale64<B>(in, factor) -> Values             the levels of the codes at `in`, times the factor; may touch kReach<B> bytes
 //   add64<B>(in, factor, Values)                 adds them, fused
-// and what rotate.inl needs.
+// and what rotate.inl, dense.inl (`Lanes`) and soft.inl (`Floats`) need.
 // Included inside an anonymous namespace: nothing here may be shared between instruction sets.
 
 // From a number known at run time to a template argument B.
@@ -201,6 +201,7 @@ inline void for_items(const Item* items, int64_t count, int64_t begin, int64_t e
 #include "quantize.inl"
 #include "rotate.inl"
 #include "dense.inl"
+#include "soft.inl"
 
 template <class Isa>
 struct Table {
@@ -246,7 +247,9 @@ struct Table {
     symmetric_eigh<typename Isa::Lanes>(a, work, begin, end);
   }
   static constexpr Kernels make() {
+    using F = typename Isa::Floats;
     return {&pack, &unpack, &quantize,     &dequantize, &accumulate,       &rotate,
-            &eigh, &squared_norm, &gram<typename Isa::Lanes>, &combine<typename Isa::Lanes>, Isa::Lanes::kLanes};
+            &eigh, &squared_norm, &gram<typename Isa::Lanes>, &combine<typename Isa::Lanes>, Isa::Lanes::kLanes,
+            &Soft<F>::forward, &Soft<F>::backward, &Soft<F>::nearest, &Soft<F>::prox};
   }
 };

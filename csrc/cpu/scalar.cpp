@@ -15,10 +15,13 @@
 namespace dynfed {
 namespace {
 
+#include "floats_scalar.inl"
+
 template <class Vector>
 struct OneLane;  // dense.inl
 
 struct Scalar {
+  using Floats = Floats1;
   using Lanes = OneLane<void>;
   struct Codes {
     uint8_t code[64];
