@@ -70,17 +70,17 @@ def first_centers(x: Tensor, bits: int) -> Tensor:
         return torch.stack([x[x < 0].mean(), x[x > 0].mean()])
     if not low < high:
         low, high = low - 1e-3, high + 1e-3
-    return ascending(torch.linspace(low, high, 2**bits, device=x.device))
+    return ascending(torch.linspace(low, high, 2**bits, dtype=torch.float32, device=x.device))
 
 
 def ascending(centers: Tensor) -> Tensor:
     """The same centres, sorted, equal ones moved apart by the least step there is."""
     values = centers.sort().values.tolist()
-    up = torch.tensor(math.inf)
+    up = torch.tensor(math.inf, dtype=torch.float32)
     for j in range(1, len(values)):
         if not values[j] > values[j - 1]:
-            values[j] = float(torch.nextafter(torch.tensor(values[j - 1]), up))
-    return torch.tensor(values, device=centers.device)
+            values[j] = float(torch.nextafter(torch.tensor(values[j - 1], dtype=torch.float32), up))
+    return torch.tensor(values, dtype=torch.float32, device=centers.device)
 
 
 def given_centers(name: str, value: Tensor | Sequence[float], bits: int) -> Tensor:
@@ -149,6 +149,8 @@ class LearnedCenters:
             raise ValueError(f"Expected `clamp` to be a positive number or None, but got {clamp!r}.")
         if isinstance(finetune, bool) or not isinstance(finetune, (int, float)) or not 0 <= finetune <= 1:
             raise ValueError(f"Expected `finetune` to be a number from 0 to 1, but got {finetune!r}.")
+        if not isinstance(relative_sharpness, bool):
+            raise ValueError(f"Expected `relative_sharpness` to be True or False, but got {relative_sharpness!r}.")
         if start is not None and not callable(start) and not isinstance(start, Mapping):
             raise ValueError(f"Expected the first centres as a mapping or a function, but got {type(start).__name__}.")
         self.bits, self.ends, self.clamp, self.finetune, self.start = bits, ends, clamp, finetune, start
@@ -276,7 +278,8 @@ class LearnedCenters:
     @torch.no_grad()
     def distance(self) -> Tensor:
         """Mean ``|x - Q_c(x)|`` over all quantised weights (2 R over their number): a float32 scalar, 0 once frozen."""
-        total = torch.zeros((), device=self.parameters[0].device if self.parameters else None)
+        device = self.parameters[0].device if self.parameters else None
+        total = torch.zeros((), dtype=torch.float32, device=device)
         if self.frozen or not self.names:
             return total
         hard = self.hard()
@@ -311,10 +314,10 @@ class LearnedCenters:
         if not self.names or self.frozen:
             return
         c = self._plain()
-        new = [a - self.center_lr * h for a, h in zip(c, gradients, strict=True)]
+        new = [a - self.center_lr * h.float() for a, h in zip(c, gradients, strict=True)]
         if self.lam and self.center_lr:
             new = ops.prox_centers(new, [p.data for p in self.parameters], c, self.center_lr * self.lam)
-        new = [a.sort().values for a in new]
+        new = [a.float().sort().values for a in new]
         # One look at all layers: on a GPU, each would be a wait.
         good = torch.stack([torch.isfinite(a).all() & (a[1:] > a[:-1]).all() for a in new])
         if not bool(good.all()):
@@ -353,7 +356,7 @@ class LearnedCenters:
     @torch.no_grad()
     def after_frozen(self, gradients: Sequence[Tensor]) -> None:
         """Step the centres, and set the weights to them (whatever the optimiser has done to those)."""
-        self.centers = [c - self.center_lr * h for c, h in zip(self.centers, gradients, strict=True)]
+        self.centers = [c - self.center_lr * h.float() for c, h in zip(self.centers, gradients, strict=True)]
         for p, c, i in zip(self.parameters, self.centers, self.index, strict=True):
             p.data.copy_(c[i.long()])
 

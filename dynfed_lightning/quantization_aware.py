@@ -351,7 +351,8 @@ class QuantizationAware(ExtraLoss):
             return  # before or after training: the weights as they are
         if self._again is None:  # of a checkpoint
             self._attach(module, self._loaded)
-            self._loaded = {}
+            if not trainer.sanity_checking:  # training is about to take it up
+                self._loaded = {}
         elif self.validate == "float":
             if not self.frozen:
                 if world_size(trainer) > 1:
