@@ -129,3 +129,46 @@ def squared_norm(a: Tensor, out: Tensor) -> None:
     from .kernels.squared_norm import squared_norm
 
     squared_norm(a, out)
+
+
+def soft_quantize(
+    x: Sequence[Tensor], centers: Tensor, first: Tensor, sharpness: Tensor, out: Sequence[Tensor]
+) -> None:
+    from .kernels.soft_quantize import soft_quantize
+
+    soft_quantize(x, centers, first, sharpness, out)
+
+
+def soft_quantize_backward(
+    grad: Sequence[Tensor],
+    x: Sequence[Tensor],
+    centers: Tensor,
+    first: Tensor,
+    sharpness: Tensor,
+    dx: Sequence[Tensor],
+    dcenters: Tensor,
+) -> None:
+    from .kernels.soft_quantize import soft_quantize_backward
+
+    soft_quantize_backward(grad, x, centers, first, sharpness, dx, dcenters)
+
+
+def nearest_center(
+    x: Sequence[Tensor], centers: Tensor, first: Tensor, index: Sequence[Tensor], value: Sequence[Tensor]
+) -> None:
+    from .kernels.nearest import nearest_center
+
+    nearest_center(x, centers, first, index, value)
+
+
+def prox_weights(y: Sequence[Tensor], centers: Tensor, first: Tensor, threshold: Tensor, out: Sequence[Tensor]) -> None:
+    from .kernels.nearest import prox_weights
+
+    prox_weights(y, centers, first, threshold, out)
+
+
+def center_sums(values: Sequence[Tensor], index: Sequence[Tensor], first: Tensor, out: Tensor) -> None:
+    """As the reference, but an index beyond the layer's centres counts nowhere and nobody is told."""
+    from .kernels.soft_quantize import center_sums
+
+    center_sums(values, index, first, out)

@@ -287,3 +287,85 @@ def test_values_do_not_change_the_kernel(launched: Launched) -> None:
         triton_ops.accumulate(floats(n), [codes(n // 2 + 1)], [scales(n)], [4], 512, [weight])
         seen.update(kernel.hash for kernel in launched())
     assert len(seen) == 2
+
+
+# ---- learned centres: 8 values a thread ----
+
+
+def layers(count: int, dtype: torch.dtype = torch.float32, by: int = 0) -> list[torch.Tensor]:
+    return [torch.zeros(5000 + k + by, dtype=dtype)[by:] for k in range(count)]
+
+
+def with_centers(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Four centres a layer, where they begin, and a number each."""
+    return torch.zeros(4 * count), 4 * torch.arange(count + 1), torch.ones(count, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *SLOW_TYPES[1:]], ids=str)
+def test_soft_quantize(launched: Launched, tmp_path: Path, dtype: torch.dtype) -> None:
+    """One launch for 16 layers, which reads and writes 16 bytes at a time. A sigmoid is an exponential and a reciprocal."""
+    triton_ops.soft_quantize(layers(16, dtype), *with_centers(16), layers(16, dtype))
+    (kernel,) = launched()
+    code = Code(kernel, tmp_path)
+    code.check(registers=54, instructions=700)
+    vectors = 8 * dtype.itemsize // 16
+    assert (code.count(r"LDG\.E\.128.*"), code.count(r"STG\.E\.128.*")) == (vectors, vectors)
+    assert code.count(r"MUFU\.EX2") == 8 and code.count(r"MUFU\.RCP") == 8
+
+
+@pytest.mark.parametrize("want", [(True, True), (True, False), (False, True)])
+def test_soft_quantize_backward(launched: Launched, tmp_path: Path, want: tuple[bool, bool]) -> None:
+    want_x, want_centers = want
+    centers, first, sharpness = with_centers(16)
+    dx, dcenters = layers(16) if want_x else [], centers.clone() if want_centers else centers[:0]
+    triton_ops.soft_quantize_backward(layers(16), layers(16), centers, first, sharpness, dx, dcenters)
+    kernel, *others = launched()
+    assert len(others) == int(want_centers)
+    code = Code(kernel, tmp_path)
+    code.check(registers=112, instructions=1020)
+    assert code.count(r"MUFU\.EX2") == 8 and code.count(r"MUFU\.RCP") == 8
+    for other in others:
+        Code(other, tmp_path).check(registers=48, instructions=170)
+
+
+def test_nearest_centers_proximal_steps_and_sums(launched: Launched, tmp_path: Path) -> None:
+    centers, first, threshold = with_centers(16)
+    index = layers(16, torch.uint8)
+    triton_ops.nearest_center(layers(16), centers, first, index, layers(16))
+    triton_ops.prox_weights(layers(16), centers, first, threshold, layers(16))
+    triton_ops.center_sums(layers(16), index, first, centers)
+    near, prox, sums, total = (Code(kernel, tmp_path) for kernel in launched())
+    for code in (near, prox):
+        code.check(registers=72, instructions=980)
+        assert (code.count(r"LDG\.E\.128.*"), code.count(r"STG\.E\.128.*")) == (2, 2)
+    sums.check(registers=62, instructions=550)
+    total.check(registers=48, instructions=170)
+
+
+def test_the_order_of_sums_of_centres_does_not_depend_on_addresses(launched: Launched, tmp_path: Path) -> None:
+    """The same instructions for aligned layers and others."""
+    seen = set()
+    for by in (0, 1, 4):
+        centers, first, sharpness = with_centers(2)
+        args = centers, first, sharpness, layers(2, by=by), centers.clone()
+        triton_ops.soft_quantize_backward(layers(2, by=by), layers(2, by=by), *args)
+        triton_ops.center_sums(layers(2, by=by), layers(2, torch.uint8, by), first, centers)
+        codes = [Code(kernel, tmp_path).instructions for kernel in launched()]
+        seen.add(tuple(tuple(sorted(code.items())) for code in codes))
+    assert len(seen) == 1
+
+
+def test_another_model_of_as_many_layers_compiles_nothing(launched: Launched) -> None:
+    """Sizes, numbers of centres and sharpness are no reason to compile again."""
+    seen = set()
+    for sizes, counts, p in (
+        ((16, 1, 4096), (1, 2, 3), 1.0),
+        ((17, 5000, 2), (256, 16, 1), 0.5),
+        ((1, 1, 1), (4, 4, 4), 100.0),
+    ):
+        x, first = [floats(n) for n in sizes], torch.tensor([0, *counts]).cumsum(0)
+        centers, sharpness = floats(sum(counts)), torch.full((3,), p, dtype=torch.float64)
+        triton_ops.soft_quantize(x, centers, first, sharpness, [floats(n) for n in sizes])
+        triton_ops.soft_quantize_backward(x, x, centers, first, sharpness, [floats(n) for n in sizes], centers.clone())
+        seen.update(kernel.hash for kernel in launched())
+    assert len(seen) == 3

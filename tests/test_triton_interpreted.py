@@ -35,8 +35,8 @@ def version(package: str) -> tuple[int, ...]:
     return tuple(int(part) for part in importlib.metadata.version(package).split(".")[:2])
 
 
-@pytest.mark.parametrize("marker", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_in_the_interpreter(marker: str) -> None:
+def run_interpreted(file: str, marker: str) -> None:
+    """Run the tests ``interpreted_*`` of a file, in a process of their own."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     if version("triton") < (3, 7) and version("numpy") >= (2, 4):
@@ -44,11 +44,16 @@ def test_in_the_interpreter(marker: str) -> None:
     # Triton 3.6 makes a scalar of an array of one element, of which numpy warns.
     quiet = ["-W", "ignore:Conversion of an array with ndim:DeprecationWarning"]
     names = ["-o", "python_functions=interpreted_*"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *names, *quiet, "-m", marker, __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *names, *quiet, "-m", marker, file]
     env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-10000:] + done.stderr
     assert " passed" in done.stdout and " failed" not in done.stdout
+
+
+@pytest.mark.parametrize("marker", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_in_the_interpreter(marker: str) -> None:
+    run_interpreted(__file__, marker)
 
 
 def stream(n: int, bits: int) -> Tensor:
