@@ -30,6 +30,19 @@ class Seen(NamedTuple):
     logits: Tensor | None
 
 
+def check_accumulation(batches: int, what: str) -> None:
+    """A model that takes a step at every batch cannot train beside one that does not.
+
+    Raises:
+        ValueError: gradients are accumulated over batches.
+    """
+    if batches != 1:
+        raise ValueError(
+            f"Expected `accumulate_grad_batches` to be 1 beside `{what}`, which takes a step at every batch, but got {batches}: "
+            "take larger batches."
+        )
+
+
 class Peer:
     """Trains `model` beside the module that a Trainer, or the bare loop, fits: its device, precision, optimiser and schedulers.
 
@@ -96,13 +109,8 @@ class Peer:
         Raises:
             ValueError: a strategy or precision under which the model cannot be trained rightly, or accumulated gradients.
         """
-        plugin = check_trainer(trainer, type(self).__name__, f"{self.what} is")
-        batches = getattr(trainer, "accumulate_grad_batches", 1)
-        if batches != 1:
-            raise ValueError(
-                f"Expected `accumulate_grad_batches` to be 1 beside `{self.what}`, which takes a step at every batch, but got "
-                f"{batches}: take larger batches."
-            )
+        plugin = check_trainer(trainer, "QuPeD", f"the {self.what} model is")
+        check_accumulation(getattr(trainer, "accumulate_grad_batches", 1), self.what)
         self.model.to(pl_module.device)
         if plugin is not None:
             plugin.convert_module(self.model)

@@ -12,7 +12,8 @@ x_k                ``client.state["personal"]``, `personal`: the client's own mo
 c_k                ``client.state["centers"]``: per quantised layer ``2**bits`` learned values, never sent
 Q~_c, R, prox      `dynfed_lightning.centers.LearnedCenters`, `dynfed_lightning.ops`
 f_i                a model's own ``training_step``
-f_KD(x, w)         `taught_kl`: ``KL(softmax(w) || softmax(x))``
+lines 6 to 10      `_quped_steps.PersonalSteps`, a callback around w's training
+f_KD(x, w)         `dynfed_lightning.losses.taught_kl`: ``KL(softmax(w) || softmax(x))``
 lambda_p           `lp`
 lambda, P, e2      `lam`, `sharpness`, `center_lr`, over rounds (the paper: over epochs)
 e1, e3             the learning rates of the personal model's and of the module's own optimiser
@@ -34,11 +35,12 @@ precision, x is Q(x), and both terms are one: 3 and 2. ``CE(w)`` is ours (deep m
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dynfed_lightning.algorithm import Client, CodecLike, Received, Reply, Server, Update
 from dynfed_lightning.algorithms._local_models import (
@@ -52,18 +54,20 @@ from dynfed_lightning.algorithms._local_models import (
     recall,
     remembered,
 )
-from dynfed_lightning.algorithms._peer import Peer, Seen
+from dynfed_lightning.algorithms._peer import Peer, check_accumulation
 from dynfed_lightning.algorithms._per_client import dealt, entries, numbered
+from dynfed_lightning.algorithms._quped_steps import PersonalSteps
 from dynfed_lightning.algorithms.fedavg import FedAvg
 from dynfed_lightning.batches import call_model, logits_of, split_batch, take
-from dynfed_lightning.callbacks import ExtraLoss
-from dynfed_lightning.capture import Capture
 from dynfed_lightning.centers import LearnedCenters, choose_layers
 from dynfed_lightning.errors import ClientFailure
 from dynfed_lightning.local import LocalExecutor
-from dynfed_lightning.losses import taught_kl
+from dynfed_lightning.quantized_file import QuantizedFile, save_quantized
 from dynfed_lightning.schedules import Schedule, as_schedule
 from dynfed_lightning.tensors import Tensors, difference, load_weights, weights_of
+
+if TYPE_CHECKING:
+    from dynfed_lightning.federation import Federation
 
 _SAID = ("personal_loss", "distance", "personal_bits", "personal_mb")  # what a client says of its own model
 
@@ -167,6 +171,7 @@ class QuPeD(FedAvg):
                 quantise, an optimiser that cannot be made again.
         """
         super().setup(server, executor)
+        check_accumulation(getattr(executor, "trainer_kwargs", {}).get("accumulate_grad_batches", 1), "personal")
         self._seed, self._num_clients = server.seed, server.num_clients
         clients = [0]
         if self.models is not None:
@@ -322,6 +327,29 @@ class QuPeD(FedAvg):
         centers.harden()
         return personal, centers
 
+    def save(self, federation: Federation, client_id: int, path: str | Path) -> QuantizedFile:
+        """Write a client's own model as a file of packed indices and centres, as `personal_model` gives it.
+
+        ``load_quantized(path, module)`` reads it back, to the bit, into any module of its architecture.
+
+        Args:
+            federation: that this algorithm ran in, in this process or restored from a checkpoint.
+            client_id: whose.
+            path: of the file, by convention ``.safetensors``.
+
+        Returns:
+            what was written, with its size against float32.
+
+        Raises:
+            RuntimeError: the federation is not set up.
+        """
+        if federation.server is None:
+            raise RuntimeError("Expected a federation that is set up: call `trainer.fit` or `trainer.test` first.")
+        server = federation.server
+        state = federation.store.read(client_id)
+        personal, centers = self.quantised_model(state, server.new_module(), server.weights(), client_id)
+        return save_quantized(personal.to("cpu"), path, centers.state_dict()["centers"])
+
     # ------------------------------------------------------------------ server
 
     def server_step(self, server: Server, replies: Sequence[Reply]) -> None:
@@ -338,148 +366,6 @@ class QuPeD(FedAvg):
         schedules.at(server.round, server.num_rounds or 1)
         server.metrics["lam"] = schedules.lam
         server.metrics["sharpness"] = schedules.sharpness_at(server.round, server.num_rounds)
-
-
-class PersonalSteps(ExtraLoss):
-    """Algorithm 2's steps of x and c inside every training step of w, and w's part of the distillation.
-
-    Args:
-        peer: the personal model.
-        centers: attached to its model.
-        lp: lambda_p in this round.
-        round: which, of how many.
-        global_loss: see `QuPeD`, as the next.
-        alternate: see `QuPeD`.
-        memory: of the personal model's optimiser, its ``state_dict`` or its ``state``.
-
-    Attributes:
-        lr_factor: multiplies the personal model's learning rates; an executor sets it, as it scales the module's.
-    """
-
-    def __init__(
-        self,
-        peer: Peer,
-        centers: LearnedCenters,
-        lp: float,
-        *,
-        round: tuple[int, int] = (0, 1),
-        global_loss: bool = True,
-        alternate: bool = True,
-        memory: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.peer, self.centers, self.lp, self.round = peer, centers, lp, round
-        self.global_loss, self.alternate = global_loss, alternate
-        self.lr_factor = 1.0
-        self._memory = memory
-        self._capture: Capture | None = None
-        self._sums: dict[str, Tensor] = {}
-        self._batches = 0
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Bring the personal model to the module's device, make its optimiser, harden if it is time, listen to w."""
-        self.peer.start(trainer, pl_module, self._memory)
-        self._follow()
-        self.centers.at(*self.round)
-        if self.lp:
-            self._capture = Capture(pl_module, "module")
-        self._sums, self._batches = {}, 0
-        super().on_train_start(trainer, pl_module)
-
-    def _unwrap(self) -> None:
-        super()._unwrap()
-        if self._capture is not None:
-            self._capture.remove()
-            self._capture = None
-        self.peer.stop()
-        self._follow()
-
-    def _follow(self) -> None:
-        """The centres go where the personal model went."""
-        self.centers.attach(self.peer.model, self.centers.state_dict())
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The personal model's schedulers."""
-        self.peer.end_epoch()
-
-    def before_step(self, pl_module: L.LightningModule, batch: Any) -> None:
-        """Listen to w."""
-        if self._capture is not None:
-            self._capture.start()
-
-    def extra(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor, batch: Any, batch_idx: int
-    ) -> Tensor:
-        """Step x and c; what w's step is to lower."""
-        w = None if self._capture is None else self._capture.take().logits
-        told = self._steps(pl_module, batch, batch_idx, None if w is None else w.detach())
-        if told is None:  # the personal model skips this batch, and nobody learns from it
-            return loss
-        self._note("loss", loss)
-        self._batches += 1
-        total = loss if self.global_loss else 0 * loss
-        for x in told:
-            assert w is not None
-            total = total + self.lp * taught_kl(x, w)
-        return total
-
-    def _steps(self, pl_module: L.LightningModule, batch: Any, batch_idx: int, w: Tensor | None) -> list[Tensor] | None:
-        """The steps of x and c on one batch.
-
-        Returns:
-            the logits that w learns from; None if the personal model skips the batch.
-        """
-        q, peer = self.centers, self.peer
-        soft = bool(q.names) and not q.frozen
-
-        def run(weights: Mapping[str, Tensor] | None = None, main: bool = False) -> Seen | None:
-            return peer.run(pl_module, batch, batch_idx, weights, main)
-
-        # g = grad_x [F(x) + F(Q~_c(x))]. The running statistics of normalisation layers are those of the quantised model,
-        # which is what the client uses.
-        passes = [run(), run(q.soft(centers=not self.alternate), True)] if soft else [run(main=True)]
-        seen = [s for s in passes if s is not None]
-        if len(seen) < len(passes):
-            return None
-        self._note("personal_loss", seen[-1].loss)
-        peer.backward(sum((self._objective(s, w) for s in seen[1:]), self._objective(seen[0], w)))
-        h: list[Tensor] = []
-        if q.frozen:
-            h = peer.unscaled(q.frozen_gradients())
-        elif soft and not self.alternate:
-            h = peer.unscaled([torch.zeros_like(c) if c.grad is None else c.grad for c in q.centers])
-        if peer.step(self.lr_factor):
-            if q.frozen:
-                q.after_frozen(h)
-            elif soft:
-                q.after_weights(peer.rates(q.parameters, self.lr_factor))
-                if self.alternate:  # h = grad_c F(Q~_c(x+))
-                    again = run(q.soft(weights=False, centers=True))
-                    h = [] if again is None else peer.gradients(self._objective(again, w), q.centers)
-                try:
-                    q.after_centers(h)
-                except ValueError as error:  # a centre that is no number any more
-                    raise ClientFailure("nan_model", str(error)) from error
-        if w is None:
-            return []
-        if self.alternate:
-            with torch.no_grad():
-                seen = [s for s in ([run(), run(q.soft())] if soft else [run()]) if s is not None]
-        return [s.logits.detach() for s in seen if s.logits is not None]
-
-    def _objective(self, seen: Seen, w: Tensor | None) -> Tensor:
-        """``F = (1 - lp) f + lp f_KD``."""
-        if w is None:
-            return seen.loss
-        assert seen.logits is not None
-        return (1 - self.lp) * seen.loss + self.lp * taught_kl(seen.logits, w)
-
-    def _note(self, name: str, value: Tensor) -> None:
-        value = value.detach().float()  # kept on the device: reading it every step would stall a GPU
-        self._sums[name] = value if name not in self._sums else self._sums[name] + value
-
-    def mean(self, name: str) -> float:
-        """Mean over the batches of the last fit: ``loss`` (w's own) or ``personal_loss``; 0 if there was none."""
-        return float(self._sums.get(name, 0.0)) / max(self._batches, 1)
 
 
 @torch.no_grad()
