@@ -253,6 +253,8 @@ def _structure(payload: bytes, size: int) -> Parsed:
     if len(names) != len(table) + len(layers) - 2 * bool(layers) or {CENTERS, INDEX} & {*names, *tied}:
         raise MalformedPayloadError("Expected every tensor once.")
     crc = meta["crc32"]
+    if [r.name for r in layers] != sorted(r.name for r in layers) or list(tied) != sorted(tied):
+        raise MalformedPayloadError("Expected layers and tied tensors by name.")
     if header_of(crc, layers, tied, table) != payload[: 8 + size] or list(table) != sorted(
         table, key=lambda n: (-DTYPES[table[n][0]].itemsize, n)
     ):

@@ -396,10 +396,19 @@ def _taken_up(
             raise ValueError(f"Expected {least}{2**bits} centres of {name!r} at {bits} bits, but the state has {m}.")
         if not bool(torch.isfinite(centers[name]).all()):
             raise ValueError(f"Expected finite centres of {name!r}, but the state's are not.")
+        ordered = centers[name].sort().values
+        if index is None and not (torch.equal(ordered, centers[name]) and bool((ordered[1:] > ordered[:-1]).all())):
+            raise ValueError(
+                f"Expected the state's centres of {name!r} to be ascending, but got {centers[name].tolist()}."
+            )
         if index is not None and (name not in index or index[name].shape != live[name].shape):
             found = tuple(index[name].shape) if name in index else "none"
             raise ValueError(
                 f"Expected assignments of shape {tuple(live[name].shape)} of {name!r}, but the state has {found}."
+            )
+        if index is not None and int(index[name].max()) >= m:
+            raise ValueError(
+                f"Expected assignments of {name!r} below its {m} centres, but got {int(index[name].max())}."
             )
     taken = [centers[n].detach().to(live[n].device, torch.float32, copy=True) for n in chosen]
     frozen = [] if index is None else [index[n].to(live[n].device, copy=True) for n in chosen]

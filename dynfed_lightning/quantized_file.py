@@ -7,7 +7,8 @@
     data  tensors back to back, widest dtype first
 
 ``__centers__`` (F32) holds the centres of all quantised layers, ``__index__`` (U8) their indices, each layer's packed by
-`ops.pack` at its bits and padded to whole bytes; both in the order of ``layers``: ``[name, shape, dtype, bits, centres]``.
+`ops.pack` at its bits and padded to whole bytes; both in the order of ``layers``, which is that of the names:
+``[name, shape, dtype, bits, centres]``.
 Every other tensor of the state dict (biases, norms, buffers of any dtype) is there under its own name, as it is;
 ``tied`` maps names of shared tensors to the one that is stored. ``crc32`` is computed over the whole file with eight zeros
 in its own place. There is exactly one file for a given content; a reader builds the header again and compares. Everything is
@@ -76,9 +77,10 @@ def save_quantized(
     state, tied = _state(module)
     layers: list[QuantizedLayer] = []
     codes: dict[str, Tensor] = {}
-    for name in state if centers is None else centers:
+    for name in centers or ():
         if name not in state:
             raise ValueError(f"Expected `centers` of tensors of the module, but {name!r} is none of {list(state)}.")
+    for name in sorted(state if centers is None else centers):
         t = state[name]
         if centers is None:
             c = _distinct(t)
@@ -149,7 +151,7 @@ def _state(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             continue
         seen[id(value)] = name
         state[name] = value.detach().cpu().contiguous()
-    return state, tied
+    return state, dict(sorted(tied.items()))
 
 
 def _distinct(t: Tensor) -> Tensor | None:
