@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import soft_support
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -299,6 +300,7 @@ def calls() -> Iterator[tuple[str, tuple]]:
     yield "rotate_", (x.clone(), layout.table, 64, 3, False)
     yield "symmetric_eigh", (torch.ones(2, 5, 5, dtype=torch.float64) + torch.eye(5, dtype=torch.float64),)
     yield "squared_norm", (x[:60].view(2, 5, 6),)
+    yield from soft_support.calls()
 
 
 @pytest.mark.parametrize(
