@@ -34,6 +34,7 @@ precision, x is Q(x), and both terms are one: 3 and 2. ``CE(w)`` is ours (deep m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -290,12 +291,15 @@ class QuPeD(FedAvg):
             assert steps.peer.optimizer is not None
             after["optimizer"] = {"state": on_cpu(steps.peer.optimizer.state_dict()["state"])}
         check_finite({n: after[n] for n in ("centers", "optimizer") if n in after}, client.id, "personal model")
+        loss = steps.mean("personal_loss")
+        if not math.isfinite(loss):
+            raise ClientFailure("nan_loss", f"The training loss of client {client.id}'s own model became {loss}.")
         client.state.update(after)
         size, number = _size(personal, centers)
         said = dict(
             zip(
                 _SAID,
-                (steps.mean("personal_loss"), float(centers.distance()), 8 * size / number, size / 1e6),
+                (loss, float(centers.distance()), 8 * size / number, size / 1e6),
                 strict=True,
             )
         )
