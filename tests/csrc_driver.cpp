@@ -16,6 +16,7 @@
 #include "../csrc/core/quantize.h"
 #include "../csrc/core/rotate.h"
 #include "../csrc/cpu/kernels.h"
+#include "../csrc/cpu/soft_plan.h"
 
 using namespace dynfed;
 
@@ -246,6 +247,104 @@ void dense(const Kernels& k, int64_t n, int64_t batch, int64_t shift) {
   ++cases;
 }
 
+// From float and back, for all dtypes.
+float narrowed(float v, float) { return v; }
+BFloat16 narrowed(float v, BFloat16) { return to_bfloat16(v); }
+Float16 narrowed(float v, Float16) { return to_float16(v); }
+
+// Learned centres: nearest ones and proximal steps as the scalar kernels, soft values and gradients as sums in double; buffers
+// begin `shift` values past an aligned address. Then centres in no order, and no numbers: nothing but memory safety is asked.
+template <class T>
+void soft(const Kernels& k, DType dtype, int64_t n, int64_t m, double sharpness, int64_t shift) {
+  Buffer<T> x(n + shift), grad(n + shift), out(n + shift), other(n + shift);
+  Buffer<uint8_t> index(n + shift), index2(n + shift);
+  Buffer<float> c(m);
+  Buffer<double> sums(2 * m);
+  for (int64_t j = 0; j < m; ++j) c.data[j] = (float(j) + float(next() % 1000) * 0.0009f) / float(m) - 0.5f;
+  for (int64_t i = 0; i < x.n; ++i) {
+    const float v = i % 29 == 3 ? NAN : i % 31 == 4 ? -INFINITY : i % 37 == 5 ? 6e4f : float(int32_t(next())) * 0x1p-31f;
+    x.data[i] = narrowed(i % 23 == 6 ? c.data[next() % m] : v, T());
+    grad.data[i] = narrowed(float(int32_t(next())) * 0x1p-31f, T());
+  }
+  SoftPlan plan;
+  NearestPlan places;
+  plan_soft(c.data, m, sharpness, plan);
+  plan_nearest(c.data, m, 0.05, places);
+  const auto in_ranges = [&](const auto& f) {  // the later first
+    for (int64_t begin = (n - 1) / kSoftBlock * kSoftBlock; begin >= 0; begin -= kSoftBlock)
+      f(begin, begin + kSoftBlock < n ? begin + kSoftBlock : n);
+  };
+  const auto layer = [&](Buffer<T>* to, Buffer<uint8_t>* numbers) {
+    return SoftLayer{n, dtype, cases % 2 == 0, x.data + shift, grad.data + shift, to == nullptr ? nullptr : to->data + shift,
+                     numbers == nullptr ? nullptr : numbers->data + shift, &plan, &places};
+  };
+  for (int64_t i = 0; i < shift; ++i) out.data[i] = other.data[i] = T(), index.data[i] = index2.data[i] = 0;
+  in_ranges([&](int64_t begin, int64_t end) { k.nearest(layer(&out, &index), begin, end); });
+  in_ranges([&](int64_t begin, int64_t end) { kScalarKernels.nearest(layer(&other, &index2), begin, end); });
+  const auto same = [&] {
+    for (int64_t i = 0; i < out.n; ++i) {
+      const float a = to_float(out.data[i]), b = to_float(other.data[i]);
+      if (!(a == b || (a != a && b != b))) return false;
+    }
+    return true;
+  };
+  CHECK(index == index2 && same());
+  in_ranges([&](int64_t begin, int64_t end) { k.nearest(layer(nullptr, &index), begin, end); });
+  in_ranges([&](int64_t begin, int64_t end) { k.prox(layer(&out, nullptr), begin, end); });
+  in_ranges([&](int64_t begin, int64_t end) { kScalarKernels.prox(layer(&other, nullptr), begin, end); });
+  CHECK(index == index2 && same());
+  // The soft quantiser, on finite values: a NaN belongs to every sum.
+  for (int64_t i = 0; i < x.n; ++i)
+    if (!std::isfinite(to_float(x.data[i]))) x.data[i] = narrowed(0.25f, T());
+  for (int64_t j = 0; j < 2 * m; ++j) sums.data[j] = 0.0;
+  in_ranges([&](int64_t begin, int64_t end) { k.soft_quantize(layer(&out, nullptr), begin, end); });
+  in_ranges([&](int64_t begin, int64_t end) { k.soft_backward(layer(&other, nullptr), begin, end, sums.data); });
+  const double unit = dtype == DType::kFloat32 ? 1e-6 : dtype == DType::kFloat16 ? 1e-3 : 8e-3;
+  double steepest = 0.0;
+  for (int64_t j = 0; j + 1 < m; ++j) steepest += sharpness * (double(c.data[j + 1]) - double(c.data[j])) * 0.25;
+  Buffer<double> exact(2 * m);
+  for (int64_t j = 0; j < 2 * m; ++j) exact.data[j] = 0.0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double v = to_float(x.data[i + shift]), g = to_float(grad.data[i + shift]);
+    double value = c.data[0], slope = 0.0, before = 1.0;
+    for (int64_t j = 0; j + 1 < m; ++j) {
+      const double gap = double(c.data[j + 1]) - double(c.data[j]), mid = 0.5 * (double(c.data[j + 1]) + double(c.data[j]));
+      const double s = 1.0 / (1.0 + std::exp(-sharpness * (v - mid)));
+      value += gap * s, slope += sharpness * gap * s * (1.0 - s);
+      exact.data[j] += g * (before - s), exact.data[m + j] += g * s * (1.0 - s), before = s;
+    }
+    exact.data[m - 1] += g * before;
+    CHECK(std::abs(to_float(out.data[i + shift]) - value) <= unit);
+    CHECK(std::abs(to_float(other.data[i + shift]) - g * slope) <= unit * (steepest + 1.0));
+  }
+  for (int64_t j = 0; j < 2 * m; ++j) CHECK(std::abs(sums.data[j] - exact.data[j]) <= 1e-6 * double(n));
+  for (int64_t j = 0; j < 2 * m; ++j) exact.data[j] = sums.data[j], sums.data[j] = 0.0;  // one thing alone is the same bits
+  in_ranges([&](int64_t begin, int64_t end) { k.soft_backward(layer(nullptr, nullptr), begin, end, sums.data); });
+  CHECK(sums == exact);
+  in_ranges([&](int64_t begin, int64_t end) { k.soft_backward(layer(&out, nullptr), begin, end, nullptr); });
+  CHECK(same());
+  for (int64_t j = 0; j < m; ++j) c.data[j] = j % 5 == 3 ? NAN : j % 7 == 2 ? INFINITY : element<float>(j);
+  plan_soft(c.data, m, sharpness, plan);
+  plan_nearest(c.data, m, sharpness, places);
+  in_ranges([&](int64_t begin, int64_t end) { k.soft_quantize(layer(&out, nullptr), begin, end); });
+  in_ranges([&](int64_t begin, int64_t end) { k.soft_backward(layer(&out, nullptr), begin, end, sums.data); });
+  in_ranges([&](int64_t begin, int64_t end) { k.prox(layer(&out, &index), begin, end); });
+  ++cases;
+}
+
+// Rounding to half precision: what a value goes to is the nearest of it and its neighbours, to even.
+void rounding() {
+  CHECK(to_bfloat16(1.00390625f).bits == 0x3f80 && to_bfloat16(1.01171875f).bits == 0x3f82 && to_bfloat16(3.4e38f).bits == 0x7f80);
+  CHECK(to_float16(65519.0f).bits == 0x7bff && to_float16(65520.0f).bits == 0x7c00 && to_float16(-INFINITY).bits == 0xfc00);
+  CHECK(to_float16(0x1p-25f).bits == 0 && to_float16(0x1.8p-25f).bits == 1 && to_float16(-0x1.8p-24f).bits == 0x8002);
+  for (uint32_t bits = 0; bits < 65536; ++bits) {
+    const BFloat16 b{uint16_t(bits)};
+    const Float16 h{uint16_t(bits)};
+    CHECK(std::isnan(to_float(b)) ? std::isnan(to_float(to_bfloat16(to_float(b)))) : to_bfloat16(to_float(b)).bits == bits);
+    CHECK(std::isnan(to_float(h)) ? std::isnan(to_float(to_float16(to_float(h)))) : to_float16(to_float(h)).bits == bits);
+  }
+}
+
 int main() {
   core();
   std::vector<const Kernels*> sets = {&kScalarKernels};
@@ -275,5 +374,14 @@ int main() {
     for (int64_t n : {1, 2, 3, 16, 33, 64, 96})
       for (int64_t batch : {1, 3, 8, 9})
         if (n <= 33 || batch == 1 || batch == 9) dense(*k, n, batch, batch % 2 * 3);
+  rounding();
+  for (const Kernels* k : sets)
+    for (int64_t n : {1, 15, 64, 65, 517, 2600, 8200})
+      for (int64_t m : {1, 2, 16, 17, 33, 256}) {
+        if (n > 2600 && m > 17) continue;  // each value costs m exponentials here
+        soft<float>(*k, DType::kFloat32, n, m, n % 2 == 0 ? 7.0 : 300.0, m % 2 * 3);
+        soft<BFloat16>(*k, DType::kBFloat16, n, m, 20.0, 1);
+        soft<Float16>(*k, DType::kFloat16, n, m, 20.0, 0);
+      }
   std::printf("%d cases, %d instruction sets\n", cases, int(sets.size()));
 }
