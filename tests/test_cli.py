@@ -23,7 +23,7 @@ from dynfed_lightning.config import load
 pytest.importorskip("sklearn")
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "benchmarks" / "configs"
-FOLDER = {"config.yaml", "rounds.csv", "clients.csv", "summary.json", "model.safetensors", "plots"}
+FOLDER = {"config.yaml", "rounds.csv", "clients.csv", "own_accuracy.csv", "summary.json", "model.safetensors", "plots"}
 # Said once where there is no compiler; every run here would say it.
 pytestmark = pytest.mark.filterwarnings("ignore:.*kernels of dynfed_lightning are missing.*")
 
@@ -81,7 +81,7 @@ def test_fit_writes_a_whole_folder(
     assert main(["fit", *words(tiny("mine", algorithm="DynFed"), "--out", str(out))]) == 0
     assert torch.equal(torch.get_rng_state(), before)
     assert {p.name for p in out.iterdir()} == FOLDER
-    assert {p.name for p in (out / "plots").iterdir()} == {"accuracy.png", "bits.png", "teachers.png"}
+    assert {p.name for p in (out / "plots").iterdir()} == {"accuracy.png", "bits.png", "personal.png", "teachers.png"}
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["name"], summary["method"], summary["rounds"], summary["seed"]) == ("mine", "DynFed", 2, 3)
     with open(out / "rounds.csv", newline="") as file:
@@ -236,8 +236,8 @@ def test_plots_of_an_earlier_run_do_not_stay(
     assert main(["fit", *words(tiny("a", algorithm="DynFed", out=str(out)))]) == 0
     capsys.readouterr()
     assert main(["fit", *words(tiny("b", algorithm="FedAvg", out=str(out)))]) == 0
-    assert [p.name for p in (out / "plots").iterdir()] == ["accuracy.png"]
-    assert capsys.readouterr().out.count(".png") == 1
+    assert sorted(p.name for p in (out / "plots").iterdir()) == ["accuracy.png", "personal.png"]
+    assert capsys.readouterr().out.count(".png") == 2
 
 
 # ------------------------------------------------------------ inspect and report

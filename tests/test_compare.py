@@ -14,7 +14,7 @@ from dynfed_lightning.cli import fit, main
 from dynfed_lightning.config import load
 
 pytest.importorskip("sklearn")
-FOLDER = {"config.yaml", "rounds.csv", "clients.csv", "summary.json", "model.safetensors", "plots"}
+FOLDER = {"config.yaml", "rounds.csv", "clients.csv", "own_accuracy.csv", "summary.json", "model.safetensors", "plots"}
 # Said once where there is no compiler; every run here would say it.
 pytestmark = pytest.mark.filterwarnings("ignore:.*kernels of dynfed_lightning are missing.*")
 
@@ -24,7 +24,14 @@ def test_compare(tmp_path: Path, tiny: Callable[..., Path], capsys: pytest.Captu
     out = tmp_path / "all"
     command = ["compare", *files, "--seeds", "0", "1", "--out", str(out), "--last", "1"]
     assert main(command) == 0
-    assert {p.name for p in out.iterdir()} == {"compare.md", "compare.json", "compare.png", "fedavg", "four-bits"}
+    assert {p.name for p in out.iterdir()} == {
+        "compare.md",
+        "compare.json",
+        "compare.png",
+        "personal.png",
+        "fedavg",
+        "four-bits",
+    }
     table = (out / "compare.md").read_text()
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["FedAvg", "Four bits"]
     shown = capsys.readouterr().out
