@@ -60,9 +60,9 @@ class QuantizationAware(ExtraLoss):
       the wrong weights and is refused where it can be seen.
 
     Validation inside of fit, and ``validate`` and ``test`` of a checkpoint, run with quantised weights. Logged every epoch:
-    ``quantization/distance`` (mean |x - Q(x)|), ``quantization/sharpness``, ``quantization/lam``, and before the last phase
-    ``quantization/loss``, the mean f(Q~_c(x)). With ``bits=None`` (or a function that chooses no layer) both f's would be the
-    same: the second is dropped, and training is the module's own, to the bit.
+    ``quantization/loss`` (the mean f(Q~_c(x)) over its batches), ``quantization/distance`` (mean |x - Q_c(x)| at its end),
+    ``quantization/sharpness`` and ``quantization/lam``. With ``bits=None`` (or a function that chooses no layer) both f's would
+    be the same: the second is dropped, and training is the module's own, to the bit.
 
     Schedules are over epochs; where the Trainer counts by ``max_steps``, over steps.
 
@@ -247,15 +247,20 @@ class QuantizationAware(ExtraLoss):
         assert self._again is not None
         self._window[batch_idx] = self._call if self.alternate and not self.frozen else ((), {})
         if self.frozen:
+            self._note(loss)
             return loss
         learn = not self.alternate and self.engine.center_lr > 0
         second = self._again.silently(*self._call, self.engine.soft(centers=learn))
         if second is None:
             return loss
-        value = second.detach().float()
+        self._note(second)
+        return loss + second
+
+    def _note(self, loss: Tensor) -> None:
+        """The loss of the quantised weights; summed on the device."""
+        value = loss.detach().float()
         self._loss = value if self._loss is None else self._loss + value
         self._losses += 1
-        return loss + second
 
     def _read_rates(self, optimizer: Optimizer, *_: Any) -> None:
         """The learning rate of every parameter, as schedulers and other callbacks have set it for this step."""

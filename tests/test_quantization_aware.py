@@ -403,14 +403,16 @@ def test_the_last_phase_by_hand() -> None:
     module = Module()
     quantize = QuantizationAware(2, finetune=1.0, center_lr=0.02)
     start = copy.deepcopy(module.net)
-    fit(module, quantize)
+    trainer, losses = fit(module, quantize), []
     w = start[2].weight.detach()
     c = torch.linspace(float(w.min()), float(w.max()), 4)
     index = nearest(w, c)
     for x, y in loader():
         with torch.no_grad():
             start[2].weight.copy_(c[index])
-        grads = torch.autograd.grad(F.cross_entropy(start(x), y), list(start.parameters()))
+        loss = F.cross_entropy(start(x), y)
+        losses.append(loss.detach())
+        grads = torch.autograd.grad(loss, list(start.parameters()))
         with torch.no_grad():
             for (n, p), g in zip(start.named_parameters(), grads, strict=True):
                 if n != "2.weight":
@@ -420,6 +422,7 @@ def test_the_last_phase_by_hand() -> None:
     torch.testing.assert_close(module.net[2].weight.detach(), c[index], rtol=0, atol=1e-6)
     torch.testing.assert_close(module.net[4].weight.detach(), start[4].weight.detach(), rtol=0, atol=1e-6)
     assert torch.equal(module.net[2].weight.detach(), quantize.centers[HIDDEN][index])
+    assert float(trainer.callback_metrics["quantization/loss"]) == pytest.approx(float(sum(losses)) / 3, abs=1e-6)
 
 
 @pytest.mark.parametrize("how", ["stopping", "asked to stop", "no last phase"])
