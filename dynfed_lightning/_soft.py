@@ -61,8 +61,10 @@ def soft_quantize(x: Tensors, centers: Tensors, sharpness: Numbers) -> Tensor | 
 
     Returns:
         Of the shape and dtype of `x`, contiguous. Differentiable once in `x` and in `centers`; a backward pass computes what
-        needs a gradient and no more, in one pass over x and the incoming gradient. On the CPU values and gradients are within
-        1e-6 of the largest one, and do not depend on the number of threads.
+        needs a gradient and no more, in one pass over x and the incoming gradient. On the CPU the result does not depend on
+        the number of threads; for P from 1 to 1000, values are within 1e-6 of the largest centre, gradients to x within 1e-6
+        of the largest, and those to the centres within 1e-6 of the largest sum over x of the magnitudes of its terms. A
+        NaN in x stays in its place, and makes every gradient to the centres NaN.
 
     Raises:
         ValueError: centres that are not ascending or not finite (CPU), too many or on another device, lists of different

@@ -33,14 +33,16 @@ def check(x: Tensor, c: Tensor, sharpness: float, grad: Tensor) -> None:
         assert error <= 1e-6 * float(scale), (error, float(scale))
 
 
-@pytest.mark.parametrize("m", COUNTS)
+@pytest.mark.parametrize(
+    "m", [m if m in (1, 2, 3, 16, 17, 33, 256) else pytest.param(m, marks=pytest.mark.slow) for m in COUNTS]
+)
 @pytest.mark.parametrize("sharpness", [1.0, 10.0, 100.0, 1000.0])
 def test_values_and_gradients(backend: str, m: int, sharpness: float) -> None:
     c = centers(m)
-    x = weights(3001, c)
-    check(x, c, sharpness, torch.randn(3001, generator=generator(2), device="cpu"))
-    check(x, c, sharpness, torch.rand(3001, generator=generator(3), device="cpu"))
-    check(x * 0.1, c, sharpness, torch.ones(3001, device="cpu"))
+    x = weights(1501, c)
+    check(x, c, sharpness, torch.randn(1501, generator=generator(2), device="cpu"))
+    check(x, c, sharpness, torch.rand(1501, generator=generator(3), device="cpu"))
+    check(x * 0.1, c, sharpness, torch.ones(1501, device="cpu"))
 
 
 @pytest.mark.parametrize("scale", [1e-3, 100.0])
