@@ -228,7 +228,7 @@ class Peer:
         self._stepped = False
         if any(p.grad is not None for g in self.optimizer.param_groups for p in g["params"]):
             step(self._trainer, [self.optimizer], factor)
-            # Autocast keeps the half-precision copies it makes of weights until the step of the module is over.
+            # torch's autocast (not Lightning's) keeps its half-precision copies of weights until the module's step is over.
             torch.clear_autocast_cache()
         else:
             self._stepped = True  # there was nothing to do, and nothing was wrong
