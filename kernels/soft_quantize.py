@@ -16,68 +16,102 @@ from torch import Tensor
 from .launch import launch
 from .layers import TILE, WARPS, add_tiles, aligned, groups_of, layer_of, load, narrow, pick, pick_number, store
 
-LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E = 1.4426950408889634
+LN2 = tl.constexpr(0.6931471805599453)
 CUT = tl.constexpr(126.0)  # an exponent beyond which a sigmoid is nothing beside 1, and its inverse no denormal yet
+STEEPEST = 1e37
 
 
 @triton.jit
-def exponential(x, low, high, sharpness):
-    """e, of which the sigmoid is 1 / (1 + e). The difference comes first: a product with x would lose the digits that a large
-    sharpness needs.
+def slope_of(slope, centers, count):
+    """-P log2(e), but no steeper than what makes a step of it: neighbouring floats as large as the centres are 32 units apart."""
+    largest = tl.maximum(tl.abs(tl.load(centers)), tl.abs(tl.load(centers + count - 1)))
+    return tl.maximum(slope, -536870912.0 / tl.maximum(largest, 1e-28))
+
+
+@triton.jit
+def exponential(x, low, high, slope):
+    """e, of which the sigmoid is 1 / (1 + e). The difference to the middle comes first, as it is exact where it is small; the
+    middle has more digits than a float32.
     """
-    exponent = (x - (low + high) * 0.5) * (-LOG2E * sharpness)
+    both = low + high
+    part = both - low
+    rest = (low - (both - part)) + (high - part)
+    exponent = (x - both * 0.5 - rest * 0.5) * slope
     return tl.exp2(tl.where(exponent > CUT, CUT, exponent))
 
 
 @triton.jit
+def rise_of(distance, slope):
+    """By how much the exponential of the next boundary is larger, relative to this one's, if that is at most 1; else 0."""
+    t = tl.minimum((-LN2 * slope) * distance, 1.0)
+    total = 1.0 + t * 0.1
+    for k in tl.static_range(9, 1, -1):
+        total = 1.0 + t * total * (1.0 / k)
+    return tl.where(t < LN2, t * total, 0.0)
+
+
+@triton.jit
 def soft_quantize_kernel(
-    x, out, rows, centers, sharpness, LAYERS: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr
+    x, out, rows, centers, slopes, LAYERS: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr
 ):
     layer, start, left, first, count, _, _, _ = layer_of(rows, LAYERS, TILE)
     from_ = pick(x, layer, LAYERS, ALIGNED) + start
     to = pick(out, layer, LAYERS, ALIGNED) + start
-    p = pick_number(sharpness, layer, LAYERS)
+    centers += first
+    slope = slope_of(pick_number(slopes, layer, LAYERS), centers, count)
     v = load(from_, left, TILE)
-    low = tl.load(centers + first)
+    low = tl.load(centers)
     total = tl.zeros([TILE], tl.float32) + low
     for j in range(1, count):
-        high = tl.load(centers + first + j)
-        total += (high - low) / (1.0 + exponential(v, low, high, p))
+        high = tl.load(centers + j)
+        total += (high - low) / (1.0 + exponential(v, low, high, slope))
         low = high
     store(to, narrow(total, to.dtype.element_ty), left, TILE)
 
 
 @triton.jit
 def soft_quantize_backward_kernel(
-    grad, x, dx, rows, centers, sharpness, partial,
+    grad, x, dx, rows, centers, slopes, partial,
     INPUT: tl.constexpr, CENTERS: tl.constexpr, LAYERS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     # No address is said to be aligned: the order of the sums would depend on it.
     layer, start, left, first, count, sums, tiles, tile = layer_of(rows, LAYERS, TILE)
-    p = pick_number(sharpness, layer, LAYERS)
+    centers += first
+    slope = slope_of(pick_number(slopes, layer, LAYERS), centers, count)
+    p = -LN2 * slope
     v = load(pick(x, layer, LAYERS, False) + start, left, TILE)
     g = load(pick(grad, layer, LAYERS, False) + start, left, TILE)
     partial += sums + tile
-    low = tl.load(centers + first)
-    slope = tl.zeros([TILE], tl.float32)
-    before = tl.zeros([TILE], tl.float32) + 1.0  # s_j - P/2 step_j h_j of the boundary before this one
+    before = tl.load(centers)  # the centre before `low`
+    low = before
+    steep = tl.zeros([TILE], tl.float32)  # sum_j step_j h_j
+    # Of the boundary before this one: s, 1 - s with all of its digits, and step h.
+    s_before = tl.zeros([TILE], tl.float32) + 1.0
+    rest_before = tl.zeros([TILE], tl.float32)
+    h_before = tl.zeros([TILE], tl.float32)
     for j in range(1, count):
-        high = tl.load(centers + first + j)
-        e = exponential(v, low, high, p)
+        high = tl.load(centers + j)
+        e = exponential(v, low, high, slope)
         s = 1.0 / (1.0 + e)
-        h = (high - low) * (e * s * s)  # 1 - s would have no digits left where s is nearly 1
+        h = (high - low) * (e * s * s)
         if INPUT:
-            slope += h
+            steep += h
         if CENTERS:
-            half = 0.5 * p * h
-            tl.store(partial + (j - 1) * tiles, tl.sum(g * (before - (s + half))))
-            before = s - half
+            # s_{j-1} - s_j = s_{j-1} s_j (e_j - e_{j-1}): without cancellation where they are close.
+            rise = tl.where(j > 1, rise_of(0.5 * (high - before), slope), 0.0)
+            difference = tl.where(rise > 0.0, rest_before * s * rise, s_before - s)
+            tl.store(partial + (j - 1) * tiles, tl.sum(g * (difference - 0.5 * p * (h_before + h))))
+            s_before = s
+            rest_before = e * s
+            h_before = h
+        before = low
         low = high
     if CENTERS:
-        tl.store(partial + (count - 1) * tiles, tl.sum(g * before))
+        tl.store(partial + (count - 1) * tiles, tl.sum(g * (s_before - 0.5 * p * h_before)))
     if INPUT:
         to = pick(dx, layer, LAYERS, False) + start
-        store(to, narrow(slope * (p * g), to.dtype.element_ty), left, TILE)
+        store(to, narrow(steep * (p * g), to.dtype.element_ty), left, TILE)
 
 
 @triton.jit
@@ -90,11 +124,15 @@ def center_sums_kernel(x, index, rows, partial, LAYERS: tl.constexpr, TILE: tl.c
         tl.store(partial + sums + tile + j * tiles, tl.sum(tl.where(k == j, v, 0.0)))
 
 
+def _slopes(sharpness: Tensor) -> list[float]:
+    return [-min(p * LOG2E, STEEPEST) for p in sharpness.tolist()]
+
+
 def soft_quantize(
     x: Sequence[Tensor], centers: Tensor, first: Tensor, sharpness: Tensor, out: Sequence[Tensor]
 ) -> None:
     """Soft-quantise each tensor, of float32, bfloat16 or float16, to its layer's centres."""
-    each = sharpness.tolist()
+    each = _slopes(sharpness)
     for group in groups_of(x, first, centers.device):
         a, b, p = tuple(x[group.part]), tuple(out[group.part]), tuple(each[group.part])
         constants = len(a), aligned(a, b), TILE
@@ -106,7 +144,7 @@ def soft_quantize_backward(
     dx: Sequence[Tensor], dcenters: Tensor,
 ) -> None:  # fmt: skip
     """Gradients to the values and to the centres, in one pass; what is empty is not wanted."""
-    each, want_centers = sharpness.tolist(), dcenters.numel() > 0
+    each, want_centers = _slopes(sharpness), dcenters.numel() > 0
     for group in groups_of(x, first, centers.device):
         g, a, p = tuple(grad[group.part]), tuple(x[group.part]), tuple(each[group.part])
         into = tuple(dx[group.part]) if dx else (None,)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import centers_support as support
 import pytest
+import test_soft_quantize as shared
 import torch
 from centers_support import DTYPES, LAYERS, Model, awkward, centers_of, draw, model
 from cuda_support import GXX, Fenced, Guarded, load_emulated, misaligned
@@ -14,6 +15,7 @@ from ops_support import same
 
 from dynfed_lightning import _ops_cuda as cuda
 from dynfed_lightning import _reference as reference
+from dynfed_lightning import _soft_register
 
 pytestmark = pytest.mark.skipif(GXX is None, reason="the emulated kernels need g++")
 
@@ -26,6 +28,33 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     load_emulated()
     monkeypatch.setattr(cuda, "_C", torch.ops.dynfed_lightning_cuda_emulated)
     yield
+
+
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The emulated backend, for the operators themselves."""
+    monkeypatch.setattr(_soft_register, "choose", lambda operation, device: cuda)
+    return "cuda"
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 100.0, 1000.0])
+@pytest.mark.parametrize("m", [1, 2, 3, 16, 33, 256])
+def test_the_accuracy_of_every_backend(chosen: str, m: int, sharpness: float) -> None:
+    shared.test_values_and_gradients(chosen, m, sharpness)
+
+
+def test_what_holds_on_every_backend(chosen: str) -> None:
+    for m in (2, 16, 40):
+        for scale in (1e-3, 100.0):
+            shared.test_small_and_large_centres(chosen, m, scale)
+        shared.test_without_end_sharp_it_is_the_nearest_centre(chosen, m)
+    shared.test_far_outside_of_the_centres_nothing_is_left(chosen)
+    shared.test_gradients_are_finite_differences(chosen, 16)
+    shared.test_one_centre(chosen)
+    shared.test_a_model_in_one_call_is_its_layers_one_by_one(chosen)
+    shared.test_only_what_is_asked_for(chosen)
+    for dtype in (torch.bfloat16, torch.float16):
+        shared.test_half_precision_is_float32_rounded_once(chosen, dtype)
 
 
 @pytest.mark.parametrize("factor", [0.5, 10.0, 1e5])

@@ -30,7 +30,7 @@ REGISTERS = {
     r"square_chunks<[\w:]+>": 64,
     r"add_chunks": 40,
     r"soft_quantize": 64,
-    r"soft_quantize_backward<\w+, \w+>": 64,
+    r"soft_quantize_backward<\w+, \w+>": 80,  # three thread blocks to a multiprocessor
     r"nearest_center|prox_weights|center_sums": 64,
     r"add_partials": 40,
     r"count_members|narrow_bounds": 64,
@@ -181,8 +181,9 @@ def test_sigmoids_without_a_division_each(kernels: list[Kernel]) -> None:
         ("soft_quantize_backward<false, true>", 4, 4),
     ):
         (kernel,) = (k for k in kernels if k.name == name)
-        assert kernel.count(r"MUFU\.EX2") == 3 * 8 * exponentials
-        assert 3 * 8 * reciprocals <= kernel.count(r"MUFU\.RCP\b") <= 3 * 8 * reciprocals + 2
+        # And a few where a block looks at the centres.
+        assert 3 * 8 * exponentials <= kernel.count(r"MUFU\.EX2") <= 3 * 8 * exponentials + 4
+        assert 3 * 8 * reciprocals <= kernel.count(r"MUFU\.RCP\b") <= 3 * 8 * reciprocals + 4
 
 
 # ---- setup.py: the CUDA part ----

@@ -303,14 +303,16 @@ def with_centers(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, *SLOW_TYPES[1:]], ids=str)
 def test_soft_quantize(launched: Launched, tmp_path: Path, dtype: torch.dtype) -> None:
-    """One launch for 16 layers, which reads and writes 16 bytes at a time. A sigmoid is an exponential and a reciprocal."""
+    """One launch for 16 layers, which reads and writes 16 bytes at a time. A sigmoid is an exponential and a
+    reciprocal; one more bounds the sharpness.
+    """
     triton_ops.soft_quantize(layers(16, dtype), *with_centers(16), layers(16, dtype))
     (kernel,) = launched()
     code = Code(kernel, tmp_path)
-    code.check(registers=54, instructions=700)
+    code.check(registers=62, instructions=800)
     vectors = 8 * dtype.itemsize // 16
     assert (code.count(r"LDG\.E\.128.*"), code.count(r"STG\.E\.128.*")) == (vectors, vectors)
-    assert code.count(r"MUFU\.EX2") == 8 and code.count(r"MUFU\.RCP") == 8
+    assert code.count(r"MUFU\.EX2") == 8 and code.count(r"MUFU\.RCP") == 8 + 1
 
 
 @pytest.mark.parametrize("want", [(True, True), (True, False), (False, True)])
@@ -322,8 +324,8 @@ def test_soft_quantize_backward(launched: Launched, tmp_path: Path, want: tuple[
     kernel, *others = launched()
     assert len(others) == int(want_centers)
     code = Code(kernel, tmp_path)
-    code.check(registers=112, instructions=1020)
-    assert code.count(r"MUFU\.EX2") == 8 and code.count(r"MUFU\.RCP") == 8
+    code.check(registers=134, instructions=1250)
+    assert code.count(r"MUFU\.EX2") == 8 and code.count(r"MUFU\.RCP") == 8 + 1
     for other in others:
         Code(other, tmp_path).check(registers=48, instructions=170)
 

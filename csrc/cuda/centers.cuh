@@ -20,7 +20,7 @@ struct CenterItem {
   int32_t first;   // of this layer's centres in the arenas
   int32_t count;   // centres
   DType dtype;     // of x, and of all values that come in or go out beside it
-  float scalar;    // sharpness or threshold
+  float scalar;    // what a layer has one of
   uint32_t chunks; // of the rows before this one in the list, times their centres: where partial sums begin
 };
 

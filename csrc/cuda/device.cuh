@@ -87,8 +87,7 @@ __device__ __forceinline__ void narrow(float x, BFloat16& to) {
 #ifdef __CUDA_ARCH__
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
 #else
-  const uint32_t bits = bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffffu;
-  to.bits = magnitude > 0x7f800000u ? uint16_t(0x7fff) : uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+  to = to_bfloat16(x);
 #endif
 }
 
@@ -96,18 +95,7 @@ __device__ __forceinline__ void narrow(float x, Float16& to) {
 #ifdef __CUDA_ARCH__
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
 #else
-  const uint32_t bits = bit_cast<uint32_t>(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
-  uint32_t half;
-  if (magnitude > 0x7f800000u) {
-    half = 0x7fffu;
-  } else if (magnitude >= 0x477ff000u) {  // rounds to 2^16 or beyond
-    half = 0x7c00u;
-  } else if (magnitude < 0x38800000u) {  // denormal: the float's own addition rounds to multiples of 2^-24
-    half = bit_cast<uint32_t>(fabsf(x) + 0.5f) - 0x3f000000u;
-  } else {
-    half = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u) >> 13;
-  }
-  to.bits = uint16_t(sign | half);
+  to = to_float16(x);
 #endif
 }
 

@@ -1,8 +1,9 @@
 // Soft quantisation to learned centres, its gradients, and sums by centre: a launch for up to 70 layers, and a second one that
 // adds up what the thread blocks of the first have found for each centre.
 //
-// Between the centres j - 1 and j lies boundary j: s_j = sigmoid(P (x - middle_j)), and h_j = s_j (1 - s_j). The exponential is
-// cut off at a power of two so large that s_j is nothing beside 1. What is not a number stays so.
+// Between the centres j - 1 and j lies boundary j: s_j = sigmoid(P (x - middle_j)) = 1 / (1 + e_j), and h_j = s_j (1 - s_j). The
+// exponential is cut off where s_j is nothing beside 1; what is not a number stays so. Results are within 1e-6 of the largest one,
+// whatever P is: that takes a middle of more digits than a float32 has, and differences of neighbouring sigmoids without cancellation.
 #include <algorithm>
 
 #include "centers.cuh"
@@ -10,7 +11,8 @@
 namespace dynfed::cuda {
 namespace {
 
-constexpr float kLog2e = 1.44269504088896340736f;
+constexpr double kLog2e = 1.4426950408889634074;
+constexpr float kLn2 = 0.69314718055994530942f;
 constexpr float kPairCut = 60.0f;  // two of them multiply, and their product is inverted
 constexpr float kCut = 126.0f;     // the inverse is no denormal yet
 
@@ -45,35 +47,50 @@ __device__ __forceinline__ float inverse_approximate(float x) {
 #endif
 }
 
-// 2^(slope (x - middle)), slope = -P log2(e): s = 1 / (1 + this). The difference comes first: a product with x would lose the
-// digits that a large sharpness needs.
-__device__ __forceinline__ float exponential(float x, float middle, float slope, float cut) {
-  return exp2_approximate(at_most((x - middle) * slope, cut));
-}
-
-struct __align__(8) Boundary {
-  float middle, step;
+struct __align__(16) Boundary {
+  float middle, rest;  // their sum is the middle, exactly
+  float step;
+  float rise;  // e_{j+1} / e_j - 1 if that is at most 1, else 0
 };
 
-// The boundaries of a layer, up to an even number of them: one more without a step.
-__device__ __forceinline__ void fill(Boundary* boundaries, const float* centers, int count) {
-  for (int j = int(threadIdx.x); j < kMostCenters; j += kThreads) {
-    const bool inside = j > 0 && j < count;
-    const float low = inside ? centers[j - 1] : 0.0f, high = inside ? centers[j] : 0.0f;
-    boundaries[j] = {middle(low, high), high - low};
+// 2^(slope (x - middle)), slope = -P log2(e). The difference comes first, as it is exact where it is small.
+__device__ __forceinline__ float exponential(float x, const Boundary& boundary, float slope, float cut) {
+  return exp2_approximate(at_most((x - boundary.middle - boundary.rest) * slope, cut));
+}
+
+// -P log2(e), but no steeper than what makes a step of it: neighbouring floats as large as the centres are 32 units apart.
+__device__ __forceinline__ float slope_of(const CenterItem& item, const float* centers) {
+  const float largest = max(max(fabsf(__ldg(centers)), fabsf(__ldg(centers + item.count - 1))), 1e-30f);
+  return max(item.scalar, max(-0x1p29f / largest, -1e37f));
+}
+
+// The boundaries of a layer, and one more without a step.
+using Boundaries = Boundary[kMostCenters + 1];
+
+__device__ __forceinline__ void fill(Boundaries& boundaries, const float* centers, int count, float slope) {
+  for (int j = int(threadIdx.x); j <= kMostCenters; j += kThreads) {
+    Boundary boundary{0.0f, 0.0f, 0.0f, 0.0f};
+    if (j > 0 && j < count) {
+      const float low = centers[j - 1], high = centers[j], sum = low + high, part = sum - low;
+      boundary.middle = 0.5f * sum;
+      boundary.rest = 0.5f * ((low - (sum - part)) + (high - part));
+      boundary.step = high - low;
+      const float to_next = j + 1 < count ? slope * (-0.5f * kLn2) * (centers[j + 1] - low) : 1.0f;
+      if (to_next < kLn2) boundary.rise = expm1f(to_next);
+    }
+    boundaries[j] = boundary;
   }
   __syncthreads();
 }
 
 // Two boundaries share a division: a / (1 + e) + b / (1 + f) = (a (1 + f) + b (1 + e)) / ((1 + e) (1 + f)).
 __global__ void __launch_bounds__(kThreads, 4) soft_quantize(const __grid_constant__ CenterList list) {
-  __shared__ Boundary boundaries[kMostCenters + 1];
+  __shared__ Boundaries boundaries;
   const Place place = place_of(list);
   const CenterItem& item = list.item[place.row];
   const float* centers = list.centers + item.first;
-  if (threadIdx.x == 0) boundaries[kMostCenters] = {0.0f, 0.0f};
-  fill(boundaries, centers, item.count);
-  const float slope = -item.scalar * kLog2e, lowest = __ldg(centers);
+  const float slope = slope_of(item, centers), lowest = __ldg(centers);
+  fill(boundaries, centers, item.count, slope);
   with_type(item.x, item.dtype, [&](const auto* x) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
     float v[kGroup8], total[kGroup8];
@@ -85,8 +102,8 @@ __global__ void __launch_bounds__(kThreads, 4) soft_quantize(const __grid_consta
       const Boundary p = boundaries[j], q = boundaries[j + 1];
 #pragma unroll
       for (int i = 0; i < kGroup8; ++i) {
-        const float a = 1.0f + exponential(v[i], p.middle, slope, kPairCut);
-        const float b = 1.0f + exponential(v[i], q.middle, slope, kPairCut);
+        const float a = 1.0f + exponential(v[i], p, slope, kPairCut);
+        const float b = 1.0f + exponential(v[i], q, slope, kPairCut);
         total[i] = fmaf(fmaf(p.step, b, q.step * a), inverse_approximate(a * b), total[i]);
       }
     }
@@ -95,21 +112,23 @@ __global__ void __launch_bounds__(kThreads, 4) soft_quantize(const __grid_consta
   });
 }
 
-// Of a boundary, over this thread's values: the sum of g s, and of g h times P step / 2.
-struct BoundarySums {
-  float value, slope;
+// Of this thread's values, at the boundary that was crossed last.
+struct Crossed {
+  float s[kGroup8];
+  float es[kGroup8];  // e s = 1 - s, with all of its digits where s is nearly 1
+  float half;         // P step / 2 sum g h
 };
 
-// dx = P sum_j step_j h_j g; and for each centre (A_j - A_{j+1}) - (B_j + B_{j+1}) with A_j = sum g s_j, A_1 = sum g and
-// B_j = P step_j / 2 sum g h_j.
+// dx = P sum_j step_j h_j g, and dc_j = sum g (s_j - s_{j+1} - P / 2 (step_j h_j + step_{j+1} h_{j+1})).
 template <bool kInput, bool kCenters>
-__global__ void __launch_bounds__(kThreads, 4) soft_quantize_backward(const __grid_constant__ CenterList list) {
-  __shared__ Boundary boundaries[kMostCenters];
+__global__ void __launch_bounds__(kThreads, 3) soft_quantize_backward(const __grid_constant__ CenterList list) {
+  __shared__ Boundaries boundaries;
   __shared__ float sums[kCenters ? kWarps : 1][kMostCenters];
   const Place place = place_of(list);
   const CenterItem& item = list.item[place.row];
-  fill(boundaries, list.centers + item.first, item.count);
-  const float slope = -item.scalar * kLog2e, sharpness = item.scalar;
+  const float* centers = list.centers + item.first;
+  const float slope = slope_of(item, centers), sharpness = slope * -kLn2;
+  fill(boundaries, centers, item.count, slope);
   const int count = item.count;
   with_type(item.x, item.dtype, [&](const auto* x) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
@@ -118,37 +137,54 @@ __global__ void __launch_bounds__(kThreads, 4) soft_quantize_backward(const __gr
     [[maybe_unused]] float dx[kGroup8] = {};
     load8(x + place.at, place.count, is_aligned(x, 16), v);
     load8(grad + place.at, place.count, is_aligned(grad, 16), g);
-    BoundarySums last{0.0f, 0.0f};
-#pragma unroll
-    for (int i = 0; i < kGroup8; ++i) last.value += g[i];
-    const auto cross = [&](int j) -> BoundarySums {
-      if (j >= count) return {0.0f, 0.0f};
-      const Boundary boundary = boundaries[j];
-      float value = 0.0f, steep = 0.0f;
-#pragma unroll
-      for (int i = 0; i < kGroup8; ++i) {
-        const float e = exponential(v[i], boundary.middle, slope, kCut), s = inverse_approximate(1.0f + e);
-        const float h = e * s * s;  // 1 - s would have no digits left where s is nearly 1
-        if constexpr (kInput) dx[i] = fmaf(boundary.step, h, dx[i]);
-        if constexpr (kCenters) value = fmaf(g[i], s, value), steep = fmaf(g[i], h, steep);
-      }
-      return {value, 0.5f * sharpness * boundary.step * steep};
+    // Boundary j of value i: s, e s, and h.
+    const auto cross = [&](const Boundary& boundary, int i, float& s, float& es) {
+      const float e = exponential(v[i], boundary, slope, kCut);
+      s = inverse_approximate(1.0f + e);
+      es = e * s;
+      const float h = es * s;
+      if constexpr (kInput) dx[i] = fmaf(boundary.step, h, dx[i]);
+      return h;
     };
     if constexpr (kCenters) {
+      Crossed last;
+      last.half = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kGroup8; ++i) last.s[i] = 1.0f, last.es[i] = 0.0f;
+      float rise = 0.0f;
 #pragma unroll 1
       for (int j = 0; j < count; j += 4) {
-        float own[4];
+        float own[4] = {};
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          const BoundarySums next = cross(j + k + 1);
-          own[k] = (last.value - next.value) - (last.slope + next.slope);
-          last = next;
+          if (j + k >= count) break;
+          const Boundary next = boundaries[j + k + 1];
+          const bool any = j + k + 1 < count;
+          float sum = 0.0f, steep = 0.0f;
+#pragma unroll
+          for (int i = 0; i < kGroup8; ++i) {
+            float s = 0.0f, es = 1.0f;
+            if (any) steep = fmaf(g[i], cross(next, i, s, es), steep);
+            // s_j - s_{j+1} = s_j s_{j+1} (e_{j+1} - e_j)
+            const float difference = rise > 0.0f ? last.es[i] * s * rise : last.s[i] - s;
+            sum = fmaf(g[i], difference, sum);
+            last.s[i] = s, last.es[i] = es;
+          }
+          const float half = 0.5f * sharpness * next.step * steep;
+          own[k] = sum - (last.half + half);
+          last.half = half;
+          rise = next.rise;
         }
         keep_sums(sums, j, own);
       }
     } else {
 #pragma unroll 1
-      for (int j = 1; j < count; ++j) cross(j);
+      for (int j = 1; j < count; ++j) {
+        const Boundary boundary = boundaries[j];
+        float s, es;
+#pragma unroll
+        for (int i = 0; i < kGroup8; ++i) cross(boundary, i, s, es);
+      }
     }
     if constexpr (kInput) {
 #pragma unroll
@@ -211,6 +247,15 @@ __global__ void __launch_bounds__(kThreads, 4) add_partials(const __grid_constan
   out[item.first + j] = float(sum);
 }
 
+// What the kernels take for a sharpness.
+template <class Launch>
+int for_slopes(const CenterRow* rows, int64_t count, const float* centers, float* partial, const Launch& launch) {
+  return for_lists(rows, count, centers, partial, [&](CenterList& list) {
+    for (int r = 0; r < list.count; ++r) list.item[r].scalar = -float(std::min(list.item[r].scalar * kLog2e, 1e37));
+    return launch(list);
+  });
+}
+
 // The sums of the list's rows, from what the kernel before it has left.
 int launch_add(CenterList list, float* out, void* stream) {
   list.units = 0;
@@ -224,7 +269,7 @@ int launch_add(CenterList list, float* out, void* stream) {
 
 extern "C" int dynfed_cuda_soft_quantize(const dynfed::cuda::CenterRow* rows, int64_t count, const float* centers, void* stream) {
   using namespace dynfed::cuda;
-  return for_lists(rows, count, centers, nullptr, [&](const CenterList& list) {
+  return for_slopes(rows, count, centers, nullptr, [&](const CenterList& list) {
     DYNFED_LAUNCH(soft_quantize, list.units, kThreads, stream, list);
     return int(cudaGetLastError());
   });
@@ -238,7 +283,7 @@ extern "C" int dynfed_cuda_soft_quantize_backward(const dynfed::cuda::CenterRow*
   const auto kernel = dcenters == nullptr ? soft_quantize_backward<true, false>
                       : input             ? soft_quantize_backward<true, true>
                                           : soft_quantize_backward<false, true>;
-  return for_lists(rows, count, centers, partial, [&](const CenterList& list) {
+  return for_slopes(rows, count, centers, partial, [&](const CenterList& list) {
     DYNFED_LAUNCH(kernel, list.units, kThreads, stream, list);
     if (const int error = cudaGetLastError()) return error;
     return dcenters == nullptr ? 0 : launch_add(list, dcenters, stream);
