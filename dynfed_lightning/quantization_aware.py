@@ -309,9 +309,8 @@ class QuantizationAware(ExtraLoss):
                         continue
                     grads = torch.autograd.grad(loss * scale, engine.centers, allow_unused=True)
                     total = [t if g is None else t + g for t, g in zip(total, grads, strict=True)]
-            scale *= (
-                trainer.accumulate_grad_batches
-            )  # as the Trainer does with the loss, which it differentiates itself
+            # As the Trainer does with the loss that it differentiates itself.
+            scale *= trainer.accumulate_grad_batches
         else:
             total = [t if c.grad is None else c.grad for t, c in zip(total, engine.centers, strict=True)]
         total = [t / scale for t in total]
@@ -440,7 +439,8 @@ class QuantizationAware(ExtraLoss):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave, when training or evaluation starts next."""
+        """Take up what `state_dict` gave, when training or evaluation starts next. One of the last phase stays in it, also
+        where training is then given more epochs."""
         self._loaded = dict(state_dict)
 
 

@@ -39,6 +39,27 @@ def test_other_precisions(precision: Any, alternate: bool, tmp_path: Path) -> No
     assert_same(state(module), state(other))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("alternate", [True, False])
+@pytest.mark.parametrize(
+    ("precision", "fused"), [("32-true", False), ("bf16-mixed", True), ("16-mixed", False), ("16-mixed", True)]
+)
+def test_on_a_gpu(precision: Any, fused: bool, alternate: bool, tmp_path: Path) -> None:
+    """It learns there, dropout from a stream of its own, and the file is read on the CPU to the bit."""
+    module = Module(lambda p: torch.optim.Adam(p, 0.02, fused=fused), norm=True, dropout=0.1)
+    quantize = QuantizationAware(2, alternate=alternate, finetune=0.25, relative_sharpness=True, sharpness=5.0)
+    trainer = fit(
+        module, quantize, loader(), epochs=20, val=loader(), accelerator="gpu", devices=1, precision=precision
+    )
+    assert float(trainer.callback_metrics["accuracy"]) > 0.8
+    assert quantize.engine.centers[0].is_cuda
+    quantize.save(tmp_path / "model.safetensors")
+    other = Module(seed=1, norm=True)
+    load_quantized(other, tmp_path / "model.safetensors")
+    assert_same({n: t.cpu() for n, t in state(module).items()}, state(other))
+    assert set(other.net[2].weight.unique().tolist()) <= set(quantize.centers[HIDDEN].tolist())
+
+
 # -------------------------------------------------------------------------------------------------- checkpoints
 
 
