@@ -38,6 +38,7 @@ _HOMES = {
     "data": ["FederatedDataModule"],
     "distill": ["Distillation", "ServerDistiller"],
     "encoder": ["EncoderOutput", "TextEncoder", "student_of"],
+    "disk_store": ["DiskStore"],
     "errors": ["ClientFailure", "PayloadError", "RoundFailure"],
     "federation": ["Federation"],
     "hf": ["load_encoder"],
@@ -51,7 +52,10 @@ _HOMES = {
     "resources": ["DrawnResources", "GivenResources", "Resources", "TableResources", "UniformResources"],
     "schedules": ["Constant", "Cosine", "Exponential", "Geometric", "Linear"],
     "schema": ["Schema"],
+    "split": ["OwnTest"],
     "stages": ["Cast", "ErrorFeedback", "LowRank", "Quantize", "Rotate", "SkipZeros", "TopK"],
+    "state_file": ["StateError"],
+    "store": ["AutoStore", "MemoryStore", "Store"],
     "text": ["WordTokenizer", "encode_batch", "load_tokenizer"],
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -86,6 +90,7 @@ if TYPE_CHECKING:
         quantized_hook,
     )
     from dynfed_lightning.data import FederatedDataModule
+    from dynfed_lightning.disk_store import DiskStore
     from dynfed_lightning.distill import Distillation, ServerDistiller
     from dynfed_lightning.encoder import EncoderOutput, TextEncoder, student_of
     from dynfed_lightning.errors import ClientFailure, PayloadError, RoundFailure
@@ -106,7 +111,10 @@ if TYPE_CHECKING:
     from dynfed_lightning.resources import DrawnResources, GivenResources, Resources, TableResources, UniformResources
     from dynfed_lightning.schedules import Constant, Cosine, Exponential, Geometric, Linear
     from dynfed_lightning.schema import Schema
+    from dynfed_lightning.split import OwnTest
     from dynfed_lightning.stages import Cast, ErrorFeedback, LowRank, Quantize, Rotate, SkipZeros, TopK
+    from dynfed_lightning.state_file import StateError
+    from dynfed_lightning.store import AutoStore, MemoryStore, Store
     from dynfed_lightning.text import WordTokenizer, encode_batch, load_tokenizer
 
 

@@ -62,6 +62,7 @@ class Watch(L.Callback):
 
 
 def main(folder: Path, clients: int, store: str) -> None:
+    folder.mkdir(exist_ok=True)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     g = torch.Generator().manual_seed(0)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dynfed_lightning import FederatedDataModule
 from dynfed_lightning.partition import (
     IID,
     Dirichlet,
@@ -140,6 +141,25 @@ def test_pathological_gives_exactly_that_many_classes_and_shares_them_evenly() -
     assert (counts > 0).sum(0).tolist() == [20] * 10  # 200 places for 10 classes
     assert counts.unique().tolist() == [0, 5]
     assert len({tuple(c.nonzero().flatten().tolist()) for c in counts}) > 20  # not the same few sets over and over
+
+
+def test_pathological_on_a_share_of_the_data() -> None:
+    """QuPeD's setting on 10,000 of CIFAR-10's 50,000 images: ``train_fraction=0.2``, 20 clients, 4 classes each."""
+    y = torch.arange(50_000) % 10
+    test = (torch.zeros(20, 1), torch.arange(20) % 10)
+    data = FederatedDataModule((torch.zeros(50_000, 1), y), Pathological(20, 4), test=test, train_fraction=0.2, seed=1)
+    counts = data.label_counts()
+    assert int(counts.sum()) == 10_000
+    assert (counts > 0).sum(1).tolist() == [4] * 20
+    assert (counts > 0).sum(0).tolist() == [8] * 10
+    assert (
+        counts.sum(1).min() >= 498 and counts.sum(1).max() <= 502
+    )  # a class has 1000 of the 10,000 rows, give or take one
+    again = FederatedDataModule((torch.zeros(50_000, 1), y), Pathological(20, 4), test=test, train_fraction=0.2, seed=2)
+    assert not torch.equal((again.label_counts() > 0), counts > 0)
+    groups, shares = data.own_test().shares(3)
+    assert groups.tolist() == counts[3].nonzero().flatten().tolist()
+    assert torch.allclose(shares, torch.full((4,), 0.25, dtype=torch.float64), atol=2e-3)
 
 
 def test_natural_is_one_client_a_value_in_sorted_order() -> None:
