@@ -39,7 +39,7 @@ step() {
   return "$status"
 }
 
-rm -f "$out"/{summary.txt,build.log,pytest.log,kernels.log,kernels-gpu.csv,kernels-gpu.md,kernels-gpu.png,svd.log,svd-gpu.*}
+rm -f "$out"/{summary.txt,build.log,pytest.log,kernels.log,kernels-gpu.csv,kernels-gpu.md,kernels-gpu.png,svd.log,svd-gpu.*,soft.log,soft-quantize-*}
 
 # In a copy, without what an earlier build left: nothing in the checkout changes, and no other build is loaded by mistake.
 tar -C "$root" -cf - --exclude='*.so' --exclude=__pycache__ benchmarks/*.py csrc dynfed_lightning kernels tests README.md LICENSE \
@@ -91,15 +91,27 @@ tests() {
   fi
 }
 
-# CUDA C++ first: it takes seconds, where Triton compiles some 550 kernels; and a fault of one must not take the other's results.
-tests cuda 80 "not triton"
-tests triton 130 triton
+# CUDA C++ first: it takes seconds, where Triton compiles some 600 kernels; and a fault of one must not take the other's results.
+tests cuda 90 "not triton"
+tests triton 140 triton
 
 # First of the benchmarks, as it is the shortest.
 svd=("$python" benchmarks/svd.py --device "$device" --seconds 0.4 --out "$out/svd-gpu.csv")
 [[ $device == cpu ]] && svd+=(--spectra 1/i --shapes 8x64x64 4x128x96 --seconds 0.02)
 step "benchmark, svd" 80 svd.log "${svd[@]}"
 grep -a '|' "$out/svd-gpu.md" 2>/dev/null | tee -a "$out/summary.txt"
+
+# Learned centres, by both backends; the rivals in torch against the first only.
+soft=("$python" benchmarks/soft_quantize.py --device "$device" --no-compile --memory 24)
+[[ $device == cpu ]] && soft+=(--size 4096 --seconds 0.002)
+if [[ $device == cuda ]]; then
+  step "benchmark, learned centres" 60 soft.log "${soft[@]}" --size $((1 << 25)) --seconds 0.15 --out "$out/soft-quantize-gpu.csv"
+  DYNFED_BACKEND=triton step "benchmark, learned centres, triton" 40 soft.log "${soft[@]}" --size $((1 << 25)) --seconds 0.1 \
+    --centers 4 16 --out "$out/soft-quantize-triton.csv"
+else
+  step "benchmark, learned centres" 60 soft.log "${soft[@]}" --out "$out/soft-quantize-gpu.csv"
+fi
+grep -ah '|' "$out"/soft-quantize-*.md 2>/dev/null | tee -a "$out/summary.txt"
 
 # A process per backend: a fault of one must not take the other's rows. Rows are written as they come.
 bench=("$python" benchmarks/kernels.py --device "$device" --plan cuda --seconds 0.15 --out "$out/kernels-gpu.csv")

@@ -2,7 +2,11 @@
 
 Every operation runs on the current stream of torch. None waits for the device but `pack`, which looks at the codes, and the
 first use of a table of tensors, whose tiles are then uploaded and kept: use it once before a CUDA graph is captured, and keep
-it while that is replayed. A list of tensors is copied to or from one flat vector on the way.
+it while that is replayed. A list of tensors is copied to or from one flat vector on the way; but layers with learned centres are
+read and written where they are, and what is uploaded for them, once for their sizes, is kept for good.
+
+`prox_centers` is left to the reference: to count members by ranges of floats, as the CUDA kernel does, takes atomic additions in
+shared memory, which Triton does not have. The reference waits for the device and cannot be captured.
 
 With ``TRITON_INTERPRET=1`` set before the kernels are imported, they run in Triton's interpreter, on tensors of the CPU too:
 slowly, as a test.
