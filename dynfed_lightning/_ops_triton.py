@@ -5,8 +5,8 @@ first use of a table of tensors, whose tiles are then uploaded and kept: use it 
 it while that is replayed. A list of tensors is copied to or from one flat vector on the way; but layers with learned centres are
 read and written where they are, and what is uploaded for them, once for their sizes, is kept for good.
 
-`prox_centers` is left to the reference: to count members by ranges of floats, as the CUDA kernel does, takes atomic additions in
-shared memory, which Triton does not have. The reference waits for the device and cannot be captured.
+`prox_centers` is left to the reference: the CUDA kernel counts members in shared memory, at addresses that depend on the data,
+which Triton does not offer. The reference waits for the device and cannot be captured.
 
 With ``TRITON_INTERPRET=1`` set before the kernels are imported, they run in Triton's interpreter, on tensors of the CPU too:
 slowly, as a test.
