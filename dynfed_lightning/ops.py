@@ -5,8 +5,8 @@ Every backend returns the same bits, so a result does not depend on the machine 
 of the C++ kernels (``auto``, ``scalar``, ``avx2``, ``avx512``, ``avx512vbmi``). All operations are registered under
 ``torch.ops.dynfed_lightning`` and work under ``torch.compile(fullgraph=True)``; on a GPU they run on torch's current stream,
 without waiting for it, and can be captured in a CUDA graph. `rotate` is differentiable in its input, `unpack_dequantize` in
-its scales, and `soft_quantize`, once, in both of its tensors; nothing else is. `soft_quantize` and the matrices of `truncated_svd`
-are the exceptions to the same bits: they are the same to the tolerances that they state.
+its scales, and `soft_quantize`, once, in both of its tensors; nothing else is. The exceptions to the same bits are
+`soft_quantize` and `truncated_svd`: they are the same to the tolerances that they state.
 
 What the codes mean, for ``bits = b``, a bucket's largest magnitude ``amax`` and ``L = 2**(b-1) - 1`` (QSGD, Alistarh et
 al., NeurIPS 2017, eq. 3, with the maximum for the norm; DynFed, He et al., ACM MM 2025, eq. 3):

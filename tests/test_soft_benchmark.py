@@ -49,4 +49,4 @@ def test_a_small_run(tmp_path: Path) -> None:
         assert r["implementation"] != "ours" or float(r["ratio"]) == 1
         assert float(r["error"] or 0) < 1e-4
     assert any("scaled" in r["note"] for r in rows)  # less memory than plain torch would need
-    assert out.with_suffix(".md").read_text(encoding="utf-8").count("\n|") == len(rows) + 1
+    assert out.with_suffix(".md").read_text(encoding="utf-8").count("\n|") == len(rows) + 2
