@@ -102,6 +102,8 @@ class PerFedAvg(FedAvg):
     def adapt(self, client: Client, module: L.LightningModule) -> None:
         """`steps` steps of plain SGD at `alpha`, on the client's batches; a module that does not survive them stays as it was."""
         before = weights_of(module)
+        tensors = [*module.parameters(), *module.buffers()]
+        dtypes = [t.dtype for t in tensors]
 
         def configure_optimizers() -> Optimizer:
             return SGD([p for p in module.parameters() if p.requires_grad], lr=self.alpha)
@@ -114,11 +116,15 @@ class PerFedAvg(FedAvg):
         object.__setattr__(module, "configure_optimizers", configure_optimizers)
         try:
             executor.fit(module, client.data, round=client.round, num_rounds=client.num_rounds, seed=client.seed)
+            before = {}
         except ClientFailure as error:
             log.warning("Client %d is judged by the global model: %s", client.id, error)
-            load_weights(module, before)
         finally:
             object.__delattr__(module, "configure_optimizers")
+            for t, dtype in zip(tensors, dtypes, strict=True):  # true half precision leaves them so
+                t.data = t.data.to(dtype)
+        if before:
+            load_weights(module, before)
 
 
 class MetaSteps(ExtraLoss):
