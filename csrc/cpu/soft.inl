@@ -142,11 +142,12 @@ DYNFED_INLINE void soft_backward_tile(const SoftPlan& p, const T* from, const T*
       if (all_above<F>(x, w.above)) continue;  // and s is 1 still
       if (all_below<F>(x, w.below)) break;
     }
-    V e[N], r[N];
+    V e[N], r[N], part[N];
 #pragma GCC unroll 4
     for (int v = 0; v < N; ++v) {
       e[v] = F::mul(mantissa[v], F::power(w.shift, power[v]));
       r[v] = F::mul(e[v], s[v]);
+      part[v] = F::set(0.0f);
     }
     for (int j = w.begin; j < w.end; ++j) {
       const V factor = F::set(p.factor[j]), height = F::set(p.slope[j]);
@@ -160,9 +161,13 @@ DYNFED_INLINE void soft_backward_tile(const SoftPlan& p, const T* from, const T*
         r[v] = F::mul(e[v], s[v]);
         const V t = F::mul(s[v], r[v]);
         if (kSums) product = F::fma(g[v], t, product);
-        if (kSlope) slope[v] = F::fma(height, t, slope[v]);
+        if (kSlope) part[v] = F::fma(height, t, part[v]);
       }
       if (kSums) F::store(to, difference), F::store(also, product);
+    }
+    if (kSlope) {
+#pragma GCC unroll 4
+      for (int v = 0; v < N; ++v) slope[v] = F::add(slope[v], part[v]);
     }
   }
   if (kSums) {
