@@ -30,6 +30,7 @@ class Arrays:
         std: per channel, of the scaled images; ``None``: no scaling.
         groups: int64 ``[n]``, the partition column's values as codes, or ``None``.
         class_names: the classes' names, or ``None``.
+        group_names: the partition column's values behind the codes, or ``None``.
     """
 
     inputs: Tensor
@@ -39,6 +40,7 @@ class Arrays:
     std: tuple[float, ...] | None = None
     groups: Tensor | None = None
     class_names: tuple[str, ...] | None = None
+    group_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_labels(self.labels, self.num_classes)
@@ -75,6 +77,7 @@ class Samples:
         num_classes: C.
         groups: int64 ``[n]`` or ``None``.
         label_key: the mapping's key of the label; ``None`` for tuples.
+        group_names: see `Arrays`.
     """
 
     dataset: Any
@@ -82,6 +85,7 @@ class Samples:
     num_classes: int
     groups: Tensor | None = None
     label_key: str | None = None
+    group_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_labels(self.labels, self.num_classes)
@@ -109,7 +113,7 @@ class Texts:
         vocab_size: of the tokeniser; ids are below it.
         pad_token_id: what shorter rows of a batch are filled with.
         first: of pairs of texts, how many tokens of each row have token type 0; int32 ``[n]``.
-        groups: see `Arrays`, as `class_names`.
+        groups: see `Arrays`, as `class_names` and `group_names`.
     """
 
     tokens: Tensor
@@ -121,6 +125,7 @@ class Texts:
     first: Tensor | None = None
     groups: Tensor | None = None
     class_names: tuple[str, ...] | None = None
+    group_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_labels(self.labels, self.num_classes)
@@ -200,6 +205,15 @@ def codes(values: Sequence[Any], names: Sequence[str] | None = None) -> tuple[Te
     return torch.tensor([place[v] for v in values]), tuple(names)
 
 
+class MissingColumn(ValueError):
+    """A column that was asked for is not there."""
+
+
+def coded(values: Sequence[Any] | None) -> tuple[Tensor | None, tuple[str, ...] | None]:
+    """A partition column as `Arrays.groups` and `Arrays.group_names`; twice None without one."""
+    return (None, None) if values is None else codes(values)
+
+
 def pick(given: str | None, guesses: Sequence[str], columns: Sequence[str], argument: str) -> str:
     """The column to use: the given one, else the first guess there is; an error that lists the columns otherwise."""
     if given is not None and given in columns:
@@ -208,4 +222,4 @@ def pick(given: str | None, guesses: Sequence[str], columns: Sequence[str], argu
         return guesses[0]
     near = difflib.get_close_matches(given or "", columns, 1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"Expected `{argument}` to be one of the columns {list(columns)}, but got {given!r}.{hint}")
+    raise MissingColumn(f"Expected `{argument}` to be one of the columns {list(columns)}, but got {given!r}.{hint}")

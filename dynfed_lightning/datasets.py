@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, TensorDataset
 
-from dynfed_lightning.arrays import LABELS, Arrays, Options, Samples, Table, Texts, codes, pick
+from dynfed_lightning.arrays import LABELS, Arrays, MissingColumn, Options, Samples, Table, Texts, coded, codes, pick
 from dynfed_lightning.images import missing
 from dynfed_lightning.partition import stratified_order
 from dynfed_lightning.tables import _IDS, _IMAGES, from_hf, load_hub, load_image_folder, read_parquet
@@ -91,7 +91,7 @@ def load_table(source: Any, split: str = "train", options: Options | None = None
         if y.dtype.is_floating_point or y.ndim != 1:
             raise ValueError(f"Expected labels to be integers of shape [n], but got {y.dtype} {list(y.shape)}.")
         if o.partition_column is not None:
-            raise ValueError(f"Expected `partition_column` to be None for tensors, but got {o.partition_column!r}.")
+            raise MissingColumn(f"Expected `partition_column` to be None for tensors, but got {o.partition_column!r}.")
         return Arrays(x, y.long(), int(y.max()) + 1 if len(y) else 0)
     if isinstance(source, Mapping):
         return load_table(source[split_of(list(source), split)], split, o)
@@ -133,7 +133,7 @@ def _lists(texts: Sequence[Any], labels: Any, o: Options) -> Texts:
     if len(texts) != len(labels):
         raise ValueError(f"Expected as many texts as labels, but got {len(texts)} and {len(labels)}.")
     if o.partition_column is not None or o.text_column is not None:
-        raise ValueError("Expected `partition_column` and `text_column` to be None for a list of texts.")
+        raise MissingColumn("Expected `partition_column` and `text_column` to be None for a list of texts.")
     y, names = _labels(labels, o)
     first, second = list(texts), None
     if not isinstance(texts[0], str):
@@ -173,9 +173,16 @@ def _samples(dataset: Any, o: Options) -> Samples | Texts:
     elif isinstance(first[0], str) or strings([first[0]]):
         every = [dataset[i] for i in range(len(dataset))]
         return _lists([s[0] for s in every], [s[1] for s in every], replace(o, text_column=None))
-    groups, column, labels = None, o.partition_column, getattr(dataset, "targets", None) if key is None else None
+    groups, group_names, column, labels = (
+        None,
+        None,
+        o.partition_column,
+        getattr(dataset, "targets", None) if key is None else None,
+    )
     if column is not None and (key is None or column not in first):
-        raise ValueError(f"Expected `partition_column` to be one of {list(first) if key else []}, but got {column!r}.")
+        raise MissingColumn(
+            f"Expected `partition_column` to be one of {list(first) if key else []}, but got {column!r}."
+        )
     if labels is None or column is not None:
         # No list of labels to ask for: every sample has to be read once.
         labels, values = [], []
@@ -183,11 +190,11 @@ def _samples(dataset: Any, o: Options) -> Samples | Texts:
             sample = dataset[i]
             labels.append(_item(sample[key or 1]))
             values.append(_item(sample[column]) if column else None)
-        groups = codes(values)[0] if column else None
+        groups, group_names = coded(values if column else None)
     y = torch.as_tensor(np.asarray(labels))
     if y.dtype.is_floating_point:
         raise ValueError(f"Expected labels to be integers, but got {y.dtype}.")
-    return Samples(dataset, y.long(), int(y.max()) + 1, groups, key)
+    return Samples(dataset, y.long(), int(y.max()) + 1, groups, key, group_names)
 
 
 def _text_columns(sample: Mapping[str, Any], label: str | None, o: Options) -> tuple[str, ...] | None:
@@ -214,15 +221,14 @@ def _texts(dataset: Any, columns: Sequence[str], label: str | None, o: Options) 
         for name in wanted:
             values[name].append(sample[name])
     y, names = _labels(values[label], o)
-    groups = codes([_item(v) for v in values[group]])[0] if group else None
+    groups, group_names = coded([_item(v) for v in values[group]] if group else None)
+    more: dict[str, Any] = {"groups": groups, "class_names": names, "group_names": group_names}
     if "input_ids" in columns and o.text_column is None:
         ids, mask, types = (values.get(name) for name in _IDS)
-        return from_ids(ids, mask, types, y, _count(y, names), o, groups=groups, class_names=names)
+        return from_ids(ids, mask, types, y, _count(y, names), o, **more)
     second = values[columns[1]] if len(columns) > 1 else None
     column = " and ".join(columns)
-    return tokenised(
-        values[columns[0]], second, y, _count(y, names), o, column=column, groups=groups, class_names=names
-    )
+    return tokenised(values[columns[0]], second, y, _count(y, names), o, column=column, **more)
 
 
 def _item(value: Any) -> Any:
@@ -315,8 +321,7 @@ def _finish(arrays: Arrays | Texts, preset: Preset | TextPreset | None) -> Array
         or arrays.inputs.shape[1] != len(preset.mean)
     ):
         return arrays
-    names = arrays.class_names
-    return Arrays(arrays.inputs, arrays.labels, preset.num_classes, preset.mean, preset.std, arrays.groups, names)
+    return replace(arrays, num_classes=preset.num_classes, mean=preset.mean, std=preset.std)
 
 
 def _find(name: str, data_dir: str | Path | None) -> Path | None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynfed_lightning.arrays import Arrays, Options, Table
+from dynfed_lightning.arrays import Arrays, MissingColumn, Options, Table
 from dynfed_lightning.datasets import load_table, strings
 from dynfed_lightning.partition import Natural, Partitioner, stratified_order
 
@@ -205,8 +205,23 @@ def _owners(groups: Tensor, values: Tensor, parts: list[Tensor]) -> Tensor:
 
 
 def _test_table(dataset: Any, test: Any, table: Table, options: Options) -> Table:
-    names = getattr(table, "class_names", None)
-    o = replace(options, partition_column=None, class_names=names)
+    """The test set; with the partition column where it has one, its values numbered as in the training set (-1: unknown)."""
+    o = replace(options, class_names=getattr(table, "class_names", None))
+    if o.partition_column is not None:
+        try:
+            found = _read_test(dataset, test, o)
+        except MissingColumn:
+            pass
+        else:
+            if found.groups is None or found.group_names is None or table.group_names is None:
+                return found
+            place = {name: i for i, name in enumerate(table.group_names)}
+            codes = torch.tensor([place.get(name, -1) for name in found.group_names])
+            return replace(found, groups=codes[found.groups], group_names=table.group_names)
+    return _read_test(dataset, test, replace(o, partition_column=None))
+
+
+def _read_test(dataset: Any, test: Any, o: Options) -> Table:
     if test is not None:
         whole = isinstance(test, str | Path) and Path(test).is_file()
         return load_table(test, "train" if whole else "test", o)

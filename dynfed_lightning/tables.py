@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynfed_lightning.arrays import LABELS, Arrays, Options, Samples, Texts, codes, pick
+from dynfed_lightning.arrays import LABELS, Arrays, Options, Samples, Texts, coded, codes, pick
 from dynfed_lightning.images import CACHE_FROM, cache_folder, cache_key, decode_images, missing, read_cache, write_cache
 from dynfed_lightning.text_table import from_ids, text_columns, tokenised
 
@@ -68,7 +68,7 @@ def read_parquet(files: Sequence[Path], o: Options) -> Arrays | Texts:
 
     file = None
     if sum(f.metadata.num_rows for f in opened) >= CACHE_FROM:
-        key = cache_key(files, image=image, label=label, group=group, size=o.image_size, names=names)
+        key = cache_key(files, image=image, label=label, group=_named(group), size=o.image_size, names=names)
         file = cache_folder(o.cache_dir) / f"{key}.safetensors"
         cached = read_cache(file)
         if cached is not None:
@@ -89,17 +89,22 @@ def from_hf(dataset: Any, o: Options) -> Arrays | Samples | Texts:
         if texts is not None:
             return _to_texts(dataset.with_format("arrow")[:], texts, label, group, names, o)
         y, names = _labels(dataset.with_format("arrow")[:].column(label), label, names)
-        groups = codes(dataset[group][:])[0] if group else None
-        return Samples(dataset.with_format("torch"), y, _count(y, names), groups, label)
+        groups, group_names = coded(dataset[group][:] if group else None)
+        return Samples(dataset.with_format("torch"), y, _count(y, names), groups, label, group_names)
     file, fingerprint = None, getattr(dataset, "_fingerprint", None)
     if len(dataset) >= CACHE_FROM and fingerprint:
-        key = cache_key([fingerprint], image=image, label=label, group=group, size=o.image_size, names=names)
+        key = cache_key([fingerprint], image=image, label=label, group=_named(group), size=o.image_size, names=names)
         file = cache_folder(o.cache_dir) / f"{key}.safetensors"
         cached = read_cache(file)
         if cached is not None:
             return _from_cache(*cached)
     table = dataset.with_format("arrow")[:]  # Arrow keeps images encoded, and applies any selection or shuffle
     return _to_arrays(table, image, label, group, names, o.image_size, file)
+
+
+def _named(group: str | None) -> list[str] | None:
+    """For the key of a cache: one that holds the values behind the groups' codes."""
+    return [group, "names"] if group else None
 
 
 def _datasets() -> Any:
@@ -208,12 +213,20 @@ def _to_arrays(
     file: Path | None,
 ) -> Arrays:
     y, kept = _labels(table.column(label), label, names)
-    groups = codes(table.column(group).to_pylist())[0] if group else None
+    groups, group_names = coded(table.column(group).to_pylist() if group else None)
     inputs = _inputs(table.column(image), image, image_size)
-    arrays = Arrays(inputs, y, _count(y, kept), groups=groups, class_names=kept)
+    arrays = Arrays(inputs, y, _count(y, kept), groups=groups, class_names=kept, group_names=group_names)
     if file is not None:
         tensors = {"inputs": inputs, "labels": y} | ({} if groups is None else {"groups": groups})
-        write_cache(file, tensors, {"num_classes": str(arrays.num_classes), "class_names": json.dumps(kept)})
+        write_cache(
+            file,
+            tensors,
+            {
+                "num_classes": str(arrays.num_classes),
+                "class_names": json.dumps(kept),
+                "group_names": json.dumps(group_names),
+            },
+        )
     return arrays
 
 
@@ -221,18 +234,20 @@ def _to_texts(
     table: Any, texts: Sequence[str], label: str, group: str | None, names: Sequence[str] | None, o: Options
 ) -> Texts:
     y, kept = _labels(table.column(label), label, names)
-    groups = codes(table.column(group).to_pylist())[0] if group else None
+    groups, group_names = coded(table.column(group).to_pylist() if group else None)
     columns = [table.column(name).to_pylist() for name in texts]
     pairs = columns[1] if len(columns) > 1 else None
     count, column = _count(y, kept), " and ".join(texts)
-    return tokenised(columns[0], pairs, y, count, o, column=column, groups=groups, class_names=kept)
+    return tokenised(
+        columns[0], pairs, y, count, o, column=column, groups=groups, class_names=kept, group_names=group_names
+    )
 
 
 def _from_ids(table: Any, label: str, group: str | None, names: Sequence[str] | None, o: Options) -> Texts:
     y, kept = _labels(table.column(label), label, names)
-    groups = codes(table.column(group).to_pylist())[0] if group else None
+    groups, group_names = coded(table.column(group).to_pylist() if group else None)
     ids, mask, types = (table.column(c) if c in table.column_names else None for c in _IDS)
-    return from_ids(ids, mask, types, y, _count(y, kept), o, groups=groups, class_names=kept)
+    return from_ids(ids, mask, types, y, _count(y, kept), o, groups=groups, class_names=kept, group_names=group_names)
 
 
 def _inputs(column: Any, name: str, image_size: int | None) -> Tensor:
@@ -254,11 +269,12 @@ def _inputs(column: Any, name: str, image_size: int | None) -> Tensor:
 
 
 def _from_cache(tensors: dict[str, Tensor], notes: dict[str, str]) -> Arrays:
-    names = json.loads(notes["class_names"])
+    names, group_names = json.loads(notes["class_names"]), json.loads(notes.get("group_names", "null"))
     return Arrays(
         tensors["inputs"],
         tensors["labels"],
         int(notes["num_classes"]),
         groups=tensors.get("groups"),
         class_names=tuple(names) if names else None,
+        group_names=tuple(group_names) if group_names else None,
     )

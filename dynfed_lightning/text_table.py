@@ -67,6 +67,7 @@ def tokenised(
     column: str = "text",
     groups: Tensor | None = None,
     class_names: tuple[str, ...] | None = None,
+    group_names: tuple[str, ...] | None = None,
 ) -> Texts:
     """A table of tokens from strings.
 
@@ -77,7 +78,7 @@ def tokenised(
         num_classes: C.
         o: the tokeniser, the most tokens of a row, the cache folder.
         column: where the texts come from, for errors.
-        groups: see `Texts`, as `class_names`.
+        groups: see `Texts`, as `class_names` and `group_names`.
 
     Raises:
         ValueError: no tokeniser is given, or a row has no text.
@@ -105,6 +106,7 @@ def tokenised(
         first=first,
         groups=groups,
         class_names=class_names,
+        group_names=group_names,
     )
 
 
@@ -118,6 +120,7 @@ def from_ids(
     *,
     groups: Tensor | None = None,
     class_names: tuple[str, ...] | None = None,
+    group_names: tuple[str, ...] | None = None,
 ) -> Texts:
     """A table from columns that somebody has tokenised already; rows may differ in length, and padding is taken out.
 
@@ -129,7 +132,7 @@ def from_ids(
         num_classes: C.
         o: with a tokeniser its padding and vocabulary count, without it 0 and the largest id there is. Rows of more than
             `max_length` tokens are cut before their last one, which is the separator in most.
-        groups: see `Texts`, as `class_names`.
+        groups: see `Texts`, as `class_names` and `group_names`.
 
     Raises:
         ValueError: lists that are missing, empty or differ in length from those of `ids`.
@@ -161,6 +164,7 @@ def from_ids(
         first=None if first is None else torch.from_numpy(first),
         groups=groups,
         class_names=class_names,
+        group_names=group_names,
     )
 
 

@@ -320,7 +320,7 @@ def test_every_configuration_runs(file: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("dynfed_lightning.cli.draw", lambda out: [])
     out = fit(load([file], [*short, "--out", str(tmp_path / "run")]))
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["rounds"] == 1 and 0 <= summary["accuracy"] <= 1
+    assert summary["rounds"] == 1 and 0 <= summary["own_accuracy"] <= 1
 
 
 def test_a_run_resumes_from_the_checkpoint_it_kept(tmp_path: Path) -> None:

@@ -306,3 +306,63 @@ def test_own_with_a_trainer_validating_alone() -> None:
     before = float(trainer.callback_metrics["own_accuracy"])
     again = outer(1).validate(federation, datamodule=data_module(4, Pathological(4, 2)), verbose=False)
     assert again[0]["own_accuracy"] == before
+
+
+class _Written:
+    """A map-style dataset of mappings with a writer; the test set has writers the training set lacks, and the other way round."""
+
+    def __init__(self, rows: int, seed: int, writers: list[str] | None) -> None:
+        self.x, self.y = blobs(rows, seed)
+        self.writers = writers
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        sample = {"x": self.x[i], "label": int(self.y[i])}
+        return sample if self.writers is None else {**sample, "writer": self.writers[i % len(self.writers)]}
+
+
+@pytest.mark.parametrize("clients", [None, 2])
+def test_natural_clients_and_a_test_set_with_the_column(clients: int | None) -> None:
+    train, test = _Written(140, 0, ["d", "b", "a", "g"]), _Written(90, 1, ["b", "c", "d", "a", "z"])
+    data = FederatedDataModule(train, Natural(clients), test=test, partition_column="writer")
+    federation = Federation(client_module(), FedAvg(), local="loop")
+    run(federation, data)
+    owner = {train[int(i)]["writer"]: k for k in range(data.num_clients) for i in data.client(k).train_rows}
+    with torch.no_grad():
+        right = federation.module.eval()(test.x).argmax(1) == test.y
+    owners = torch.tensor([owner.get(test[i]["writer"], -1) for i in range(len(test))])
+    there = sorted(set(owners.tolist()) - {-1})
+    assert federation.own_accuracy == pytest.approx(
+        {k: float(right[owners == k].double().mean()) for k in there}, abs=1e-12
+    )
+    assert len(there) == (3 if clients is None else 2)  # nobody tested writer g, nobody trains on those of c and z
+
+
+def test_natural_clients_and_a_test_set_without_the_column() -> None:
+    """Then as under label skew."""
+    data = FederatedDataModule(
+        _Written(140, 0, ["b", "a"]), Natural(), test=_Written(90, 1, None), partition_column="writer"
+    )
+    own = data.own_test()
+    assert own.num_groups == CLASSES and torch.equal(own.groups, blobs(90, 1)[1])
+    pairs = FederatedDataModule(_Written(140, 0, ["b", "a"]), Natural(), test=0.2, partition_column="writer").own_test()
+    assert pairs.num_groups == 3 and set(pairs.groups.tolist()) == {0, 1}
+
+
+def test_a_parquet_files_writers(tmp_path: Path) -> None:
+    """Also from the cache of decoded images, and of texts."""
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for split, writers in (("train", ["w2", "w0", "w5"]), ("test", ["w5", "w9", "w2", "w0"])):
+        n = 60
+        rows = {
+            "image": [[[float(i + j) for j in range(2)], [0.0, 1.0]] for i in range(n)],
+            "label": [i % 3 for i in range(n)],
+            "writer": [writers[i % len(writers)] for i in range(n)],
+        }
+        parquet.write_table(pa.table(rows), tmp_path / f"{split}.parquet")
+    for _ in range(2):
+        data = FederatedDataModule(tmp_path, Natural(), partition_column="writer", cache_dir=tmp_path / "cache")
+        assert data.own_test().groups.tolist() == [2, 3, 1, 0] * 15  # clients in the order of w0, w2, w5; 3: nobody
