@@ -43,19 +43,8 @@ FLAGS = [
 
 # Each architecture's own code, and code that the driver of a newer GPU compiles. No fast mathematics, no contraction.
 CUDA_GLUE = "csrc/cuda/ops.cpp"
-CUDA_SOURCES = [
-    *(
-        "quantize",
-        "dequantize",
-        "pack",
-        "rotate",
-        "symmetric_eigh",
-        "squared_norm",
-        "soft_quantize",
-        "nearest",
-        "prox_centers",
-    )
-]
+CUDA_SOURCES = ["quantize", "dequantize", "pack", "rotate", "symmetric_eigh", "squared_norm"]
+CUDA_SOURCES += ["soft_quantize", "nearest", "prox_centers"]
 CUDA_FLAGS = [
     "-O3",
     "-std=c++17",
