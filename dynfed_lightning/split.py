@@ -41,7 +41,8 @@ class OwnTest:
     on it is ``sum_c p_k(c) acc(c)`` with its accuracy ``acc(c)`` on the test rows of class c: an expectation, with no noise of
     drawing rows. Classes without test rows are left out, and the other shares scaled to sum to 1.
 
-    Where the rows were dealt by a column that the test rows have too (`Natural`), a client's own are those with its values.
+    Where the rows were dealt by a column that the test rows have too (`Natural`), a client's own are those with its values; a
+    client that has none of them is not judged.
 
     Args:
         labels: int64 ``[n]``, of the training table.
