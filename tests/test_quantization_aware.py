@@ -213,7 +213,8 @@ def test_the_other_passes_have_dropout_masks_of_their_own() -> None:
 def test_running_statistics_are_those_of_the_quantised_weights() -> None:
     """The first layer is quantised too here, so that what the norm sees depends on it; they move once a batch."""
     module = Module(norm=True)
-    quantize = QuantizationAware(1, ends=True, sharpness=1e6, lam=0.0, center_lr=0.0, clamp=None, **NEVER)
+    # The centres hold still, but their gradient is asked for.
+    quantize = QuantizationAware(1, ends=True, sharpness=1e6, lam=0.0, center_lr=1e-12, clamp=None, **NEVER)
     batches = list(loader())[:1]
     start = copy.deepcopy(module.net)
     fit(module, quantize, served(batches))
@@ -228,6 +229,25 @@ def test_running_statistics_are_those_of_the_quantised_weights() -> None:
     theirs = quantize.state_dict()["buffers"]
     torch.testing.assert_close(theirs["net.1.0.running_mean"], 0.1 * start[0](x).mean(0).detach(), rtol=0, atol=1e-6)
     assert int(theirs["net.1.0.num_batches_tracked"]) == 1
+
+
+class Counts(Module):
+    """Puts another tensor in a buffer's place instead of changing it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.tensor(0))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.count = self.count + 1
+        return super().training_step(batch, batch_idx)
+
+
+def test_buffers_that_are_replaced_move_once_a_batch_too() -> None:
+    module, quantize = Counts(), QuantizationAware(2, center_lr=0.01, finetune=0.5)
+    fit(module, quantize, epochs=2)
+    assert int(module.count) == 6
+    assert int(quantize.state_dict()["buffers"]["count"]) == 3  # no float pass in the last phase
 
 
 class Evaluations(L.Callback):
