@@ -41,6 +41,7 @@ from dynfed_lightning import (
     QuantizationAware,
     QuPeD,
     TrainerLocal,
+    config,
 )
 from dynfed_lightning.algorithms._peer import Peer
 from dynfed_lightning.algorithms._quped_steps import PersonalSteps
@@ -279,17 +280,6 @@ def test_from_the_clients_models_alone_the_global_model_learns() -> None:
 # --------------------------------------------------------------------------------------------- passes and precision
 
 
-class Counting(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner, self.calls = inner, 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            self.calls += 1
-        return self.inner(x)
-
-
 @pytest.mark.parametrize(
     ("settings", "passes"),
     [
@@ -305,7 +295,11 @@ class Counting(nn.Module):
 def test_the_passes_a_step_takes_are_those_it_says(settings: dict[str, Any], passes: int) -> None:
     calls = []
 
-    class Counted(Counting):
+    class Counted(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
         def forward(self, x: Tensor) -> Tensor:
             if self.training:
                 calls.append(1)
@@ -694,3 +688,38 @@ def test_it_needs_to_know_how_many_rounds() -> None:
         run(
             Federation(client_module(), QuPeD(deep()), local="loop"), data_module(2), rounds=-1, max_time={"minutes": 1}
         )
+
+
+def test_from_yaml(tmp_path: Path) -> None:
+    """Two architectures dealt out in turn, bits by list and by client, schedules by name; what is written is read again."""
+    pytest.importorskip("jsonargparse")
+    text = """
+trainer: {max_epochs: 2, accelerator: cpu, logger: false, enable_checkpointing: false, enable_progress_bar: false}
+module:
+  class_path: ClientModule
+  init_args: {lr: 0.05, model: &net {class_path: PaperCNN, init_args: {channels: [2, 3], latent: 8}}}
+data: {dataset: digits, partitioner: {class_path: IID, init_args: {num_clients: 3}}}
+algorithm:
+  class_path: QuPeD
+  init_args:
+    personal: [*net, {class_path: PaperCNN, init_args: {channels: [3, 5], latent: 16}}]
+    bits: BITS
+    lp: [0.2, 0.5]
+    sharpness: {class_path: Linear, init_args: {start: 10, end: 50}}
+"""
+    for i, (said, meant) in enumerate(
+        (("[1, null, '{model.conv2.weight: 4}']", 3), ("{0: 1, 1: 2, 2: null}", 3), ("2", 0))
+    ):
+        file = tmp_path / f"{i}.yaml"
+        file.write_text(text.replace("BITS", said.replace("'", "")))
+        loaded = config.load([file])
+        file.write_text(config.dump(loaded))
+        algorithm = config.instantiate(*config.parse(config.load([file]))).algorithm
+        assert isinstance(algorithm, QuPeD) and algorithm.models is not None and len(algorithm.models.given) == 2  # type: ignore[arg-type]
+        assert meant == 0 or len(algorithm.bits) == meant
+        assert [algorithm._bits(k) for k in range(3)] == [
+            [1, None, {"model.conv2.weight": 4}],
+            [1, 2, None],
+            [2, 2, 2],
+        ][i]
+        assert algorithm._lp(2) == 0.2

@@ -45,6 +45,7 @@ from torch import nn
 
 from dynfed_lightning.algorithm import Client, CodecLike, Received, Reply, Server, Update
 from dynfed_lightning.algorithms._local_models import (
+    MOST_CHECKED,
     LocalModels,
     MakeOptimizer,
     check_finite,
@@ -182,7 +183,7 @@ class QuPeD(FedAvg):
         lps = {self._lp(k) for k in range(server.num_clients)}
         module = server.new_module().to("cpu")
         batch = None if server.probe is None else server.probe()
-        for k in sorted({*clients, *kinds.values()}):
+        for k in sorted({*clients, *sorted(kinds.values())[:MOST_CHECKED]}):
             personal = self._start(k, module)
             Peer(personal, "personal", self.personal_optimizer).optimizers()
             self._attach(k, personal, None)
