@@ -46,6 +46,15 @@ COLUMNS = [
     "rank",
     "rank_down",
     "energy",
+    "own_accuracy",
+    "own_accuracy_worst10",
+    "own_accuracy_std",
+    "personal_loss",
+    "personal_bits",
+    "personal_mb",
+    "distance",
+    "lam",
+    "sharpness",
 ]
 
 
@@ -163,6 +172,7 @@ def fill_readme(text: str) -> str:
         name = match.group(1)
         sys.path.insert(0, str(Path(__file__).parent))  # this file may have been loaded by its path
         import fedkd  # which uses this module in turn
+        import quped
 
         if name == "kernels":
             body = kernels_table(RESULTS / "kernels-cpu.csv")
@@ -172,6 +182,12 @@ def fill_readme(text: str) -> str:
             body = fedkd.table(RESULTS / f"{name}.csv")
         elif name == "svd":
             body = svd_table(RESULTS / "svd-cpu.csv")
+        elif name == "quped":
+            body = quped.table(RESULTS / "quped.csv")
+        elif name == "qat":
+            body = quped.qat_table(RESULTS / "qat.csv")
+        elif name == "soft-quantize":
+            body = quped.kernels_table(RESULTS / "soft-quantize-cpu.csv")
         else:
             body = comparison(RESULTS / f"{name}.csv", last=1).markdown()
         return f"<!-- results:{name} -->\n{body}\n<!-- /results -->"

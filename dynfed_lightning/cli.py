@@ -319,7 +319,7 @@ def _inspect(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def describe(path: Path) -> str:
-    """A payload as `codec.inspect` shows it; any other safetensors file as names, shapes and sizes.
+    """A payload as `codec.inspect` shows it, a packed model layer by layer; any other safetensors file as names, shapes and sizes.
 
     Raises:
         FileNotFoundError: no such file.
@@ -329,8 +329,11 @@ def describe(path: Path) -> str:
         raise FileNotFoundError(f"Expected `file` to be a file, but there is no {path}.")
     from dynfed_lightning.codec import inspect
     from dynfed_lightning.errors import PayloadError
+    from dynfed_lightning.quantized_file import describe_quantized
 
     data = path.read_bytes()
+    if b'"quantized"' in data[:256]:
+        return str(describe_quantized(path))
     try:
         return str(inspect(data))
     except PayloadError as error:

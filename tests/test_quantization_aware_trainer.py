@@ -392,3 +392,15 @@ def test_save_before_the_end(tmp_path: Path) -> None:
         quantize.save(tmp_path / "x")
     assert not list(tmp_path.iterdir())
     assert str(quantize.report()).startswith("layer")
+
+
+def test_a_sanity_check_does_not_use_up_what_was_loaded() -> None:
+    """Without `ckpt_path` Lightning validates before training begins."""
+    first = QuantizationAware(2, center_lr=0.5, lam=0.0, finetune=0.0)
+    module = Module()
+    fit(module, first)
+    second = QuantizationAware(2, center_lr=0.0)
+    second.load_state_dict(first.state_dict())
+    fit(module, second, val=served(list(loader())[:1]), num_sanity_val_steps=1)
+    assert torch.equal(second.centers[HIDDEN], first.centers[HIDDEN])
+    assert second.steps == 6
