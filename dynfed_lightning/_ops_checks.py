@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -163,6 +164,28 @@ def check_apart(name: str, tensors: Sequence[Tensor]) -> None:
     spans = sorted(_span(t) for t in tensors if t.numel())
     if any(end > first for (_, end), (first, _) in pairwise(spans)):
         raise ValueError(f"Expected the tensors of `{name}` not to share memory, but some overlap.")
+
+
+def check_apart_from_others(name: str, tensors: Sequence[Tensor], other_name: str, others: Sequence[Tensor]) -> None:
+    """None of these tensors, which are apart from each other and to be written to, shares memory with one of `others` of
+    another place in its list: that would be read when it has been written to.
+    """
+    each = (*tensors, *others)
+    if torch.compiler.is_compiling() or any(type(t) not in _PLAIN or t.device.type == "meta" for t in each):
+        return
+    spans = sorted((*_span(t), i) for i, t in enumerate(tensors) if t.numel())
+    ends = [end for _, end, _ in spans]  # ascending too, as the spans are apart
+    for j, other in enumerate(others):
+        if not other.numel():
+            continue
+        first, end = _span(other)
+        for at in range(bisect_right(ends, first), len(spans)):
+            if spans[at][0] >= end:
+                break
+            if spans[at][2] != j:
+                raise ValueError(
+                    f"Expected `{name}[{spans[at][2]}]` to be apart from `{other_name}[{j}]` in memory, but they overlap."
+                )
 
 
 def written(*tensors: Tensor) -> None:

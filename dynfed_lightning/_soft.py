@@ -9,7 +9,8 @@ layer with its own number of them. A model's layers go through one call of one o
 
 The centres c_1 < .. < c_m of a layer, 1 to 256 of them, are float32 (float64 if the values are), finite and strictly ascending;
 on the CPU this is checked, on a GPU it is not, as that would wait for the device. Values are float32, bfloat16 or float16, all
-layers the same, and computed in float32; or float64, which runs on the PyTorch reference, for checks such as `gradcheck`.
+layers the same, and computed in float32; or float64, for checks such as `gradcheck`: then the PyTorch reference runs, and all
+that is said of float32 below is done in float64.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ._ops_autograd import wanted
 from ._ops_checks import (
     INPUT_DTYPES,
     check_apart,
+    check_apart_from_others,
     check_device,
     check_int,
     check_lengths,
@@ -62,15 +64,24 @@ def soft_quantize(x: Tensors, centers: Tensors, sharpness: Numbers) -> Tensor | 
     Returns:
         Of the shape and dtype of `x`, contiguous. Differentiable once in `x` and in `centers`; a backward pass computes what
         needs a gradient and no more, in one pass over x and the incoming gradient. On the CPU the result does not depend on
-        the number of threads; for P from 1 to 1000, values are within 1e-6 of the largest centre, gradients to x within 1e-6
-        of the largest, and those to the centres within 1e-6 of the largest sum over x of the magnitudes of its terms. A
-        NaN in x stays in its place, and makes every gradient to the centres NaN.
+        the number of threads. For P from 1 to 1000, values are within 1e-6 of the largest centre; gradients to x within 1e-6
+        of the largest that is possible, the largest incoming gradient times the steepest slope of Q, which is P/4 times the
+        largest step between centres, or more where steps overlap; and those to the centres within 1e-6 of the largest sum
+        over x of the magnitudes of its terms. With two centres or more, a NaN in x stays in its place, and makes every
+        gradient to the centres NaN.
+
+    Note:
+        In float32, a P above ``3.7e8 / max_j |c_j|`` counts as that number, which is 22 to 44 over the distance between
+        neighbouring floats of that size. So the bounds hold for ``P * max_j |c_j| <= 3e8``: a centre of more than ``3e8 / P``
+        makes all steps of its layer softer than P says. Steps between centres of more than 1e20 may overflow.
+
+        `torch.func.grad` works; `vmap`, `jacrev`, `jvp` and gradients that are batched (`is_grads_batched`) are refused.
 
     Raises:
         ValueError: centres that are not ascending or not finite (CPU), too many or on another device, lists of different
             lengths, or a sharpness out of range.
         TypeError: a tensor of another dtype, layers of different dtypes, or a sharpness that is not a number.
-        RuntimeError: at a second derivative.
+        RuntimeError: at a second derivative, under `vmap`, or in forward mode.
     """
     single, values, arena, sizes = _model("x", x, centers)
     factors = _numbers("sharpness", sharpness, len(values))
@@ -124,15 +135,16 @@ def prox_weights(y: Tensors, centers: Tensors, threshold: Numbers, *, out: Tenso
     Args:
         y: values, any shape, or a list of them.
         centers: as `soft_quantize`.
-        threshold: e1 lam / 2 in the paper's terms, at least 0, rounded to float32; or one per layer.
+        threshold: e1 lam / 2 in the paper's terms, at least 0, a finite float32 once it is rounded; or one per layer.
         out: where to write the result, of the shapes and dtype of `y`; may be `y` itself.
 
     Returns:
         `out`, or tensors of the shape and dtype of `y`. NaN stays NaN.
 
     Raises:
-        ValueError: as `soft_quantize`; a negative threshold; or `out` of other shapes, or with memory of its own or of `y` in
-            common that is not the whole of its `y`.
+        ValueError: as `soft_quantize`; a negative threshold, or one beyond float32; or `out` of other shapes, or with memory
+            of its own or of `y` in common that is not the whole of its own layer's `y`. Gaps between strides count as memory,
+            so layers that lie interleaved in one buffer are refused.
         TypeError: as `soft_quantize`.
     """
     single, values, arena, sizes = _model("y", y, centers)
@@ -144,15 +156,16 @@ def prox_weights(y: Tensors, centers: Tensors, threshold: Numbers, *, out: Tenso
     targets = _listed("out", out, single)
     check_lengths(y=values, out=targets)
     for i, (v, o) in enumerate(zip(values, targets, strict=True)):
-        name = "out" if single else f"out[{i}]"
+        name, of = _layer("out", i, single), _layer("y", i, single)
         check_tensor(name, o, (v.dtype,))
-        check_device(name, o, "y", v)
+        check_device(name, o, of, v)
         if o.shape != v.shape:
             raise ValueError(f"Expected `{name}` to have shape {tuple(v.shape)}, but got {tuple(o.shape)}.")
         if overlap(v, o) and (v.data_ptr() != o.data_ptr() or v.stride() != o.stride()):
-            raise ValueError(f"Expected `{name}` to be `y` or apart from it in memory, but they overlap in part.")
+            raise ValueError(f"Expected `{name}` to be `{of}` or apart from it in memory, but they overlap in part.")
     if len(targets) > 1:
         check_apart("out", targets)
+        check_apart_from_others("out", targets, "y", values)
     _OPS.prox_weights_out(plain, arena.detach(), sizes, factors, [o.detach() for o in targets])
     written(*targets)
     return out
@@ -190,9 +203,9 @@ def prox_centers(proposal: Tensors, x: Tensors, centers: Tensors, strength: Numb
     proposals = _listed("proposal", proposal, single)
     check_lengths(proposal=proposals, x=values)
     for i, (p, size) in enumerate(zip(proposals, sizes, strict=True)):
-        name = "proposal" if single else f"proposal[{i}]"
+        name = _layer("proposal", i, single)
         check_tensor(name, p, (arena.dtype,))
-        check_device(name, p, "x", values[i])
+        check_device(name, p, _layer("x", i, single), values[i])
         if p.shape != (size,):
             raise ValueError(f"Expected `{name}` to have shape ({size},), as its centres, but got {tuple(p.shape)}.")
     if not values:
@@ -212,7 +225,9 @@ def center_sums(
 def center_sums(values: Tensors, index: Tensors, num_centers: int | Sequence[int]) -> Tensor | list[Tensor]:
     """The sum of the values that belong to each centre: the gradient to the centres of frozen assignments.
 
-    Sums are in float64 and in a fixed order, so that on the CPU they do not depend on the number of threads.
+    The order of summation is fixed; on the CPU it does not depend on the number of threads. There sums are in float64, rounded
+    once; on a GPU those of 2048 values are in float32, and these are added up in float64: within 1e-6 of the sum of the
+    magnitudes of the centre's values.
 
     Args:
         values: any shape, or a list of them; dtypes as `soft_quantize`.
@@ -229,16 +244,18 @@ def center_sums(values: Tensors, index: Tensors, num_centers: int | Sequence[int
     """
     single = isinstance(values, Tensor)
     listed, numbers = _listed("values", values, single), _listed("index", index, single)
-    sizes = [num_centers] * len(listed) if isinstance(num_centers, int) else list(num_centers)
+    each = isinstance(num_centers, Sequence) and not isinstance(num_centers, (str, bytes))
+    sizes: list[Any] = list(num_centers) if each else [num_centers] * len(listed)  # type: ignore[arg-type]
     check_lengths(values=listed, index=numbers, num_centers=sizes)
     for i, (v, k, size) in enumerate(zip(listed, numbers, sizes, strict=True)):
-        check_int("num_centers", size, 1, MOST_CENTERS)
-        _check_values("values" if single else f"values[{i}]", v, listed[0])
-        check_tensor("index" if single else f"index[{i}]", k, (torch.uint8,))
-        check_device("index", k, "values", v)
+        check_int(_layer("num_centers", i, not each), size, 1, MOST_CENTERS)
+        _check_values("values", i, single, v, listed[0])
+        name, of = _layer("index", i, single), _layer("values", i, single)
+        check_tensor(name, k, (torch.uint8,))
+        check_device(name, k, of, v)
         if k.shape != v.shape:
             raise ValueError(
-                f"Expected `index` to have the shape of `values`, {tuple(v.shape)}, but got {tuple(k.shape)}."
+                f"Expected `{name}` to have the shape of `{of}`, {tuple(v.shape)}, but got {tuple(k.shape)}."
             )
     if not listed:
         return []
@@ -258,14 +275,19 @@ def _listed(name: str, value: Any, single: bool) -> list[Tensor]:
     return list(value)
 
 
+def _layer(name: str, i: int, single: bool) -> str:
+    """What to call an argument, or a layer's in a list of them."""
+    return name if single else f"{name}[{i}]"
+
+
 def _model(name: str, x: Tensors, centers: Tensors) -> tuple[bool, list[Tensor], Tensor, list[int]]:
     """Whether there is one tensor and not a list; the values, checked; the centres of all layers end to end; how many each."""
     single = isinstance(x, Tensor)
     values, each = _listed(name, x, single), _listed("centers", centers, single)
     check_lengths(**{name: values, "centers": each})
     for i, (v, c) in enumerate(zip(values, each, strict=True)):
-        _check_values(name if single else f"{name}[{i}]", v, values[0])
-        label = "centers" if single else f"centers[{i}]"
+        _check_values(name, i, single, v, values[0])
+        label = _layer("centers", i, single)
         check_tensor(label, c, CENTERS if v.dtype == torch.float64 else (torch.float32,))
         if c.dtype != each[0].dtype:
             raise TypeError(f"Expected `{label}` to be {each[0].dtype} as the first layer's, but got {c.dtype}.")
@@ -273,18 +295,19 @@ def _model(name: str, x: Tensors, centers: Tensors) -> tuple[bool, list[Tensor],
             raise ValueError(
                 f"Expected `{label}` to have shape (m,) with m from 1 to {MOST_CENTERS}, but got {tuple(c.shape)}."
             )
-        check_device(label, c, name, v)
+        check_device(label, c, _layer(name, i, single), v)
     sizes = [c.shape[0] for c in each]
     if not each:
         return single, values, torch.empty(0), sizes
     return single, values, each[0] if len(each) == 1 else torch.cat(each), sizes
 
 
-def _check_values(name: str, value: Tensor, like: Tensor) -> None:
-    check_tensor(name, value, VALUES)
+def _check_values(name: str, i: int, single: bool, value: Tensor, like: Tensor) -> None:
+    label = _layer(name, i, single)
+    check_tensor(label, value, VALUES)
     if value.dtype != like.dtype:
-        raise TypeError(f"Expected `{name}` to be {like.dtype} as the first layer, but got {value.dtype}.")
-    check_device(name, value, "the first layer", like)
+        raise TypeError(f"Expected `{label}` to be {like.dtype} as the first layer, but got {value.dtype}.")
+    check_device(label, value, f"{name}[0]", like)
 
 
 def _numbers(name: str, value: Numbers, count: int) -> Tensor:
@@ -297,7 +320,12 @@ def _numbers(name: str, value: Numbers, count: int) -> Tensor:
     if torch.compiler.is_compiling():  # as `weights_tensor`: a new value must not compile anew
         one = torch.ones(1, dtype=torch.float64, device="cpu")
         return torch.cat([one * f for f in each]) if count else one[:0]
-    for f in each:
+    for i, f in enumerate(each):
+        label = _layer(name, i, each is not value)
         if not isinstance(f, (int, float)) or isinstance(f, bool):
-            raise TypeError(f"Expected `{name}` to be a number, but got {type(f).__name__}.")
+            raise TypeError(f"Expected `{label}` to be a number, but got {type(f).__name__}.")
+        try:
+            float(f)
+        except OverflowError:
+            raise ValueError(f"Expected `{label}` to be a finite number, but got an integer beyond 1e308.") from None
     return torch.tensor(each, dtype=torch.float64, device="cpu")

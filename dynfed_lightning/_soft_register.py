@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import _reference
 from ._ops_backends import choose
+from ._ops_checks import FLOAT32_MAX
 from ._ops_register import OPERATORS as OPERATORS
 from ._ops_register import _contiguous, _nothing, _operator
 
@@ -68,11 +69,16 @@ def _check_centers(centers: Tensor, sizes: list[int]) -> None:
     )
 
 
-def _check_factors(name: str, factors: Tensor, positive: bool) -> None:
-    for f in factors.tolist():
-        if not (f > 0 if positive else f >= 0) or f == math.inf:
-            kind = "a positive finite number" if positive else "a finite number of at least 0"
-            raise ValueError(f"Expected `{name}` to be {kind}, but got {f}.")
+def _check_factors(name: str, factors: Tensor, positive: bool, most: float = math.inf) -> None:
+    """Finite, and positive or at least 0; where layers have different ones, an error names the layer."""
+    numbers = factors.tolist()
+    for i, f in enumerate(numbers):
+        if (f > 0 if positive else f >= 0) and f <= most and f != math.inf:
+            continue
+        layer = f"[{i}]" if len({repr(n) for n in numbers}) > 1 else ""
+        number = "number" if most == math.inf else "float32"
+        kind = f"a positive finite {number}" if positive else f"a finite {number} of at least 0"
+        raise ValueError(f"Expected `{name}{layer}` to be {kind}, but got {f}.")
 
 
 def _like(x: list[Tensor]) -> list[Tensor]:
@@ -155,7 +161,7 @@ def _prox_size(y: list[Tensor], centers: Tensor, sizes: list[int], threshold: Te
 )
 def _prox_weights_out(y: list[Tensor], centers: Tensor, sizes: list[int], threshold: Tensor, out: list[Tensor]) -> None:
     _check_centers(centers, sizes)
-    _check_factors("threshold", threshold, positive=False)
+    _check_factors("threshold", threshold, positive=False, most=FLOAT32_MAX)
     targets = [o if o.is_contiguous() else o.new_empty(o.shape) for o in out]
     backend = _backend("prox_weights", centers, y)
     backend.prox_weights(_contiguous(y), centers.contiguous(), _first(tuple(sizes)), threshold, targets)

@@ -20,6 +20,7 @@ LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
 CUT = tl.constexpr(126.0)  # an exponent beyond which a sigmoid is nothing beside 1, and its inverse no denormal yet
 STEEPEST = 1e37
+TOGETHER = tl.constexpr(16)  # boundaries added up before they join the total, which keeps digits
 
 
 @triton.jit
@@ -63,10 +64,13 @@ def soft_quantize_kernel(
     v = load(from_, left, TILE)
     low = tl.load(centers)
     total = tl.zeros([TILE], tl.float32) + low
-    for j in range(1, count):
-        high = tl.load(centers + j)
-        total += (high - low) / (1.0 + exponential(v, low, high, slope))
-        low = high
+    for begin in range(1, count, TOGETHER):
+        part = tl.zeros([TILE], tl.float32)
+        for j in range(begin, tl.minimum(begin + TOGETHER, count)):
+            high = tl.load(centers + j)
+            part += (high - low) / (1.0 + exponential(v, low, high, slope))
+            low = high
+        total += part
     store(to, narrow(total, to.dtype.element_ty), left, TILE)
 
 
@@ -86,6 +90,7 @@ def soft_quantize_backward_kernel(
     before = tl.load(centers)  # the centre before `low`
     low = before
     steep = tl.zeros([TILE], tl.float32)  # sum_j step_j h_j
+    part = tl.zeros([TILE], tl.float32)  # of it, since it was last added to
     # Of the boundary before this one: s, 1 - s with all of its digits, and step h.
     s_before = tl.zeros([TILE], tl.float32) + 1.0
     rest_before = tl.zeros([TILE], tl.float32)
@@ -96,7 +101,10 @@ def soft_quantize_backward_kernel(
         s = 1.0 / (1.0 + e)
         h = (high - low) * (e * s * s)
         if INPUT:
-            steep += h
+            part += h
+            if j % TOGETHER == 0:
+                steep += part
+                part = tl.zeros([TILE], tl.float32)
         if CENTERS:
             # s_{j-1} - s_j = s_{j-1} s_j (e_j - e_{j-1}): without cancellation where they are close.
             rise = tl.where(j > 1, rise_of(0.5 * (high - before), slope), 0.0)
@@ -111,7 +119,7 @@ def soft_quantize_backward_kernel(
         tl.store(partial + (count - 1) * tiles, tl.sum(g * (s_before - 0.5 * p * h_before)))
     if INPUT:
         to = pick(dx, layer, LAYERS, False) + start
-        store(to, narrow(steep * (p * g), to.dtype.element_ty), left, TILE)
+        store(to, narrow((steep + part) * (p * g), to.dtype.element_ty), left, TILE)
 
 
 @triton.jit

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import centers_support as support
 import pytest
+import test_soft_prox as shared_prox
 import test_soft_quantize as shared
 import torch
 from centers_support import DTYPES, LAYERS, Model, awkward, centers_of, draw, model
@@ -49,12 +50,36 @@ def test_what_holds_on_every_backend(chosen: str) -> None:
             shared.test_small_and_large_centres(chosen, m, scale)
         shared.test_without_end_sharp_it_is_the_nearest_centre(chosen, m)
     shared.test_far_outside_of_the_centres_nothing_is_left(chosen)
+    shared.test_the_largest_centre_up_to_which_the_sharpness_is_what_it_says(chosen)
     shared.test_gradients_are_finite_differences(chosen, 16)
     shared.test_one_centre(chosen)
     shared.test_a_model_in_one_call_is_its_layers_one_by_one(chosen)
     shared.test_only_what_is_asked_for(chosen)
     for dtype in (torch.bfloat16, torch.float16):
         shared.test_half_precision_is_float32_rounded_once(chosen, dtype)
+
+
+def test_what_holds_of_nearest_centres_and_sums_on_every_backend(chosen: str) -> None:
+    for m in (1, 2, 16, 256):
+        shared_prox.test_nearest_center_is_the_reference_bit_for_bit(chosen, m)
+        shared_prox.test_prox_weights_is_the_reference_bit_for_bit(chosen, m)
+        for dtype in DTYPES:
+            shared_prox.test_center_sums(chosen, m, dtype)
+    shared_prox.test_a_tie_goes_up_and_nan_to_the_first(chosen)
+    shared_prox.test_prox_weights_minimises_in_ten_thousand_cases(chosen)
+    shared_prox.test_prox_weights_by_hand(chosen)
+    shared_prox.test_prox_weights_into_memory_that_is_there(chosen)
+    shared_prox.test_a_result_never_lands_on_what_another_layer_has_yet_to_read(chosen)
+    for m, strength in ((1, 1e-4), (16, 1e-6), (40, 1.0)):
+        shared_prox.test_prox_centers_of_many_values(chosen, m, strength)
+    shared_prox.test_prox_centers_leaves_nan_and_half_precision_in_their_places(chosen)
+    shared_prox.test_fine_tuning_moves_a_centre_by_the_sum_of_its_weights_gradients(chosen)
+    shared_prox.test_empty_and_strided(chosen)
+
+
+@pytest.mark.slow
+def test_prox_centers_minimises_in_ten_thousand_cases(chosen: str) -> None:
+    shared_prox.test_prox_centers_minimises_in_ten_thousand_cases(chosen)
 
 
 @pytest.mark.parametrize("factor", [0.5, 10.0, 1e5])

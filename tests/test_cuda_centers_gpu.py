@@ -162,7 +162,8 @@ def test_gradients_of_a_large_layer(ops: ModuleType) -> None:
         pytest.skip("needs 1.6 GB of GPU memory")
     c, factors = centers_of(count, 1), torch.tensor([10.0], dtype=torch.float64)
     part = 1_000_003
-    x, g = support.draw(part, seed=1), support.draw(part, seed=2)
+    # Gradients of one sign: a block that is lost then lacks in a sum by more than the bound, and does not drown in it.
+    x, g = support.draw(part, seed=1), support.draw(part, seed=2).abs() + 0.1
     small = Model([x], c, torch.tensor([0, count]), factors, [g])
     tail = n - (n // part) * part  # the last copy is cut
     repeats = n // part
@@ -173,8 +174,10 @@ def test_gradients_of_a_large_layer(ops: ModuleType) -> None:
     cut = Model([x[:tail]], c, small.first, factors, [g[:tail]])
     want_dc = want_dc.double() * repeats + support.soft_backward(reference, cut)[1].double()
     support.check_close(dc, want_dc, float(g.abs().sum()) * repeats)
-    last = dx[part * (repeats - 1) : part * repeats]
-    support.check_close(last, want_dx, float(want_dx.abs().max()) * 2)
+    steepest = float(want_dx.abs().max())
+    for begin in (0, part * (repeats // 2), part * (repeats - 1), part * repeats):
+        got = dx[begin : begin + part]
+        support.check_close(got, want_dx[: len(got)], steepest)
 
 
 def test_it_is_faster_than_torch(ops: ModuleType) -> None:

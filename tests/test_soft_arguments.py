@@ -6,6 +6,7 @@ import math
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ops_support import BACKENDS, CPP_BACKENDS, backend_fixture
@@ -95,21 +96,75 @@ def test_wrong_tensors(x: Any, c: Any, error: type[Exception], message: str) -> 
 def test_sharpness_is_positive(value: float) -> None:
     with pytest.raises(ValueError, match=f"Expected `sharpness` to be a positive finite number, but got {value}"):
         ops.soft_quantize(X, C, value)
-    with pytest.raises(ValueError, match=f"Expected `sharpness` to be a positive finite number, but got {value}"):
+    with pytest.raises(ValueError, match=rf"Expected `sharpness\[1\]` to be a positive finite number, but got {value}"):
         ops.soft_quantize([X, X], [C, C], [1.0, value])
 
 
 @pytest.mark.parametrize("value", [-1e-9, math.nan, math.inf])
 def test_thresholds_and_strengths_are_not_negative(value: float) -> None:
-    with pytest.raises(ValueError, match=f"Expected `threshold` to be a finite number of at least 0, but got {value}"):
+    with pytest.raises(ValueError, match=f"Expected `threshold` to be a finite float32 of at least 0, but got {value}"):
         ops.prox_weights(X, C, value)
     with pytest.raises(ValueError, match=f"Expected `strength` to be a finite number of at least 0, but got {value}"):
         ops.prox_centers(C, X, C, value)
 
 
+def test_numbers_beyond_float32_and_beyond_any_float() -> None:
+    largest = 3.4028234663852886e38
+    assert torch.equal(ops.prox_weights(X, C, largest), ops.nearest_center(X, C)[1])
+    for value in (largest * (1 + 2**-50), 1e39, 1e308):
+        with pytest.raises(ValueError, match="Expected `threshold` to be a finite float32 of at least 0, but got"):
+            ops.prox_weights(X, C, value)
+    for name, call in [
+        ("sharpness", lambda f: ops.soft_quantize([X, X], [C, C], f)),
+        ("threshold", lambda f: ops.prox_weights([X, X], [C, C], f)),
+        ("strength", lambda f: ops.prox_centers([C, C], [X, X], [C, C], f)),
+    ]:
+        with pytest.raises(ValueError, match=f"Expected `{name}` to be a finite number, but got an integer beyond"):
+            call(10**400)
+        with pytest.raises(ValueError, match=rf"Expected `{name}\[1\]` to be a finite number, but got an integer"):
+            call([1, 10**400])
+
+
+def test_an_error_names_the_layer() -> None:
+    index = torch.zeros(6, dtype=torch.uint8)
+    for call, name in [
+        (lambda: ops.soft_quantize([X, X], [C, C], [1.0, -2.0]), "`sharpness[1]` to be a positive finite number"),
+        (lambda: ops.soft_quantize([X, X], [C, C], -2.0), "`sharpness` to be a positive finite number"),
+        (lambda: ops.soft_quantize([X, X], [C, C], [1.0, "2"]), "`sharpness[1]` to be a number"),
+        (lambda: ops.prox_weights([X, X], [C, C], [0.0, -1.0]), "`threshold[1]` to be a finite"),
+        (lambda: ops.nearest_center([X, X.to("meta")], [C, C]), "`x[1]` to be on the device of `x[0]` (cpu)"),
+        (lambda: ops.nearest_center([X, X], [C, C.to("meta")]), "`centers[1]` to be on the device of `x[1]` (cpu)"),
+        (
+            lambda: ops.prox_centers([C, C.to("meta")], [X, X], [C, C], 0.1),
+            "`proposal[1]` to be on the device of `x[1]` (cpu)",
+        ),
+        (
+            lambda: ops.prox_weights([X, X], [C, C], 0.1, out=[X, X.to("meta")]),
+            "`out[1]` to be on the device of `y[1]` (cpu)",
+        ),
+        (
+            lambda: ops.center_sums([X, X], [index, index.to("meta")], 3),
+            "`index[1]` to be on the device of `values[1]` (cpu)",
+        ),
+        (lambda: ops.center_sums([X, X], [index, index[1:]], 3), "`index[1]` to have the shape of `values[1]`, (6,)"),
+        (lambda: ops.center_sums([X, X], [index, index], [3, 0]), "`num_centers[1]` to be an integer from 1 to 256"),
+    ]:
+        with pytest.raises((ValueError, TypeError), match=re.escape(f"Expected {name}")):
+            call()
+
+
+@pytest.mark.parametrize("wrong", [3.0, np.int64(3), None, True, "3"])
+def test_the_number_of_centres_is_an_integer(wrong: Any) -> None:
+    index = torch.zeros(6, dtype=torch.uint8)
+    with pytest.raises(TypeError, match=f"Expected `num_centers` to be an integer, but got {type(wrong).__name__}"):
+        ops.center_sums(X, index, wrong)
+    with pytest.raises(TypeError, match=re.escape("Expected `num_centers[1]` to be an integer, but got")):
+        ops.center_sums([X, X], [index, index], [3, wrong])
+
+
 def test_numbers_per_layer() -> None:
     for wrong in (True, "2", None, [True, 1.0], [1.0, "2"], [1.0, None]):
-        with pytest.raises(TypeError, match="Expected `sharpness` to be a number"):
+        with pytest.raises(TypeError, match=r"Expected `sharpness(\[[01]\])?` to be a number"):
             ops.soft_quantize([X, X], [C, C], wrong)
     with pytest.raises(ValueError, match="Expected `sharpness` to be one number, or 2, one a layer, but got 3."):
         ops.soft_quantize([X, X], [C, C], [1.0, 2.0, 3.0])

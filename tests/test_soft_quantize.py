@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -267,6 +268,40 @@ def test_functional_gradients(backend: str) -> None:
     a = x.clone().requires_grad_()
     ops.soft_quantize(a, c, 3.0).sum().backward()
     assert torch.equal(torch.func.grad(lambda t: ops.soft_quantize(t, c, 3.0).sum())(x), a.grad)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # forward mode's own
+@pytest.mark.parametrize("transform", ["vmap", "jacrev", "jvp", "jacfwd", "batched"])
+def test_what_other_transforms_would_need_is_refused(transform: str) -> None:
+    x, c = torch.randn(9), centers(4)
+    leaf_ = x.clone().requires_grad_()
+
+    def quantized(t: Tensor) -> Tensor:
+        return ops.soft_quantize(t, c, 3.0)
+
+    calls: dict[str, Callable[[], object]] = {
+        "vmap": lambda: torch.func.vmap(quantized)(x[None]),
+        "jacrev": lambda: torch.func.jacrev(quantized)(x),
+        "jvp": lambda: torch.func.jvp(quantized, (x,), (x,)),
+        "jacfwd": lambda: torch.func.jacfwd(quantized)(x),
+        "batched": lambda: torch.autograd.grad(quantized(leaf_), leaf_, torch.eye(9), is_grads_batched=True),
+    }
+    with pytest.raises(RuntimeError):
+        calls[transform]()
+
+
+def test_the_largest_centre_up_to_which_the_sharpness_is_what_it_says(backend: str) -> None:
+    """Up to ``P max |c| = 3e8``, a centre far from the others changes nothing about these."""
+    for p, far in ((1000.0, 1e5), (1000.0, 3e5), (30.0, 1e7)):
+        c, x = torch.tensor([-0.01, 0.01, far], device="cpu"), torch.linspace(-3, 3, 101, device="cpu") / p
+        near, grad = c[:2], torch.rand(101, generator=generator(15), device="cpu") + 0.1
+        a, b, alone, pair = leaf(x), leaf(c), leaf(x), leaf(near)
+        q = ops.soft_quantize(a, b, p)
+        q.backward(here(grad))
+        want = ops.soft_quantize(alone, pair, p)
+        want.backward(here(grad))
+        for got, expected in ((q, want), (a.grad, alone.grad), (b.grad[:2], pair.grad)):
+            assert torch.allclose(got, expected, rtol=1e-5, atol=0), (p, far)
 
 
 def loss(x: list[Tensor], c: list[Tensor], sharpness: float) -> Tensor:

@@ -142,9 +142,8 @@ __device__ __forceinline__ void write_partial(const CenterList& list, const Plac
   const CenterItem& item = list.item[place.row];
   const uint32_t chunks = place.row == 0 ? item.end : item.end - list.item[place.row - 1].end;
   for (int j = int(threadIdx.x); j < item.count; j += kThreads) {
-    float sum = sums[0][j];
-#pragma unroll
-    for (int w = 1; w < kWarps; ++w) sum += sums[w][j];
+    static_assert(kWarps == 8, "in pairs: fewer additions one after the other");
+    const float sum = ((sums[0][j] + sums[1][j]) + (sums[2][j] + sums[3][j])) + ((sums[4][j] + sums[5][j]) + (sums[6][j] + sums[7][j]));
     list.partial[item.chunks + uint32_t(j) * chunks + place.chunk] = sum;
   }
 }

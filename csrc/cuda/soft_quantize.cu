@@ -14,6 +14,7 @@ namespace {
 constexpr double kLog2e = 1.4426950408889634074;
 constexpr float kLn2 = 0.69314718055994530942f;
 constexpr float kPairCut = 60.0f;  // two of them multiply, and their product is inverted
+constexpr int kTogether = 16;      // boundaries added up before they join the total, which keeps digits; even
 constexpr float kCut = 126.0f;     // the inverse is no denormal yet
 
 // The smaller one; NaN if x is.
@@ -98,14 +99,21 @@ __global__ void __launch_bounds__(kThreads, 4) soft_quantize(const __grid_consta
 #pragma unroll
     for (int i = 0; i < kGroup8; ++i) total[i] = lowest;
 #pragma unroll 1
-    for (int j = 1; j < item.count; j += 2) {
-      const Boundary p = boundaries[j], q = boundaries[j + 1];
+    for (int begin = 1; begin < item.count; begin += kTogether) {
+      const int end = min(begin + kTogether, item.count);
+      float part[kGroup8] = {};
+#pragma unroll 1
+      for (int j = begin; j < end; j += 2) {
+        const Boundary p = boundaries[j], q = boundaries[j + 1];
 #pragma unroll
-      for (int i = 0; i < kGroup8; ++i) {
-        const float a = 1.0f + exponential(v[i], p, slope, kPairCut);
-        const float b = 1.0f + exponential(v[i], q, slope, kPairCut);
-        total[i] = fmaf(fmaf(p.step, b, q.step * a), inverse_approximate(a * b), total[i]);
+        for (int i = 0; i < kGroup8; ++i) {
+          const float a = 1.0f + exponential(v[i], p, slope, kPairCut);
+          const float b = 1.0f + exponential(v[i], q, slope, kPairCut);
+          part[i] = fmaf(fmaf(p.step, b, q.step * a), inverse_approximate(a * b), part[i]);
+        }
       }
+#pragma unroll
+      for (int i = 0; i < kGroup8; ++i) total[i] += part[i];
     }
     T* out = static_cast<T*>(item.out);
     store8(out + place.at, place.count, is_aligned(out, 16), total);
