@@ -22,7 +22,7 @@ from fedkd import spread
 
 ORDER = [
     *("FedAvg", "Local", "Per-FedAvg", "pFedMe", "QuPeD, full precision", "QuPeD, 2 bits", "QuPeD, 1 bit"),
-    *("QuPeD, 2 bits, updates in 4 bits", "QuPeD, mixed: 2 architectures; 1, 2, 32 bits"),
+    *("QuPeD, 2 bits, updates in 4 bits", "QuPeD, mixed (2 architectures; 1, 2, 32 bits)"),
 ]
 COLOURS = ["#555555", "#999999", "#e69f00", "#f0e442", "#0072b2", "#009e73", "#d55e00", "#56b4e9", "#cc79a7"]
 
