@@ -7,7 +7,8 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
 
 from dynfed_lightning.co_training import check_trainer
 
@@ -35,6 +36,11 @@ def check_setup(trainer: Any, module: L.LightningModule, name: str) -> None:
         if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
             raise ValueError(
                 f"Expected no {type(callback).__name__} beside {name}: an average of weights is not among the centres."
+            )
+        if isinstance(callback, ModelCheckpoint) and callback.save_weights_only:
+            rank_zero_warn(
+                f"ModelCheckpoint(save_weights_only=True) beside {name}: its files lack the centres, so they hold float weights "
+                "that cannot be quantised as validation saw them."
             )
     for optimizer in trainer.optimizers:
         if isinstance(optimizer, torch.optim.LBFGS):

@@ -124,8 +124,9 @@ class QuantizedFile:
 
     @property
     def layers_ratio(self) -> float:
-        """How many times smaller the quantised layers are than in float32; 1 if there are none."""
-        return sum(4 * r.numel for r in self.layers) / self.layers_bytes if self.layers else 1.0
+        """How many times smaller the quantised layers are than in float32; 1 if there are none, or none with weights."""
+        weights = sum(r.numel for r in self.layers)
+        return 4 * weights / self.layers_bytes if weights else 1.0
 
     @property
     def float_bytes(self) -> int:
@@ -341,7 +342,7 @@ def decode_centers(payload: bytes, parsed: Parsed) -> list[Tensor]:
     arena = _tensor(payload, start, stop, torch.float32)
     found = list(arena.split([len(r.centers) for r in parsed.file.layers]))
     for layer, c in zip(parsed.file.layers, found, strict=True):
-        if not bool(torch.isfinite(c).all()):
+        if not bool(torch.isfinite(c.to(layer.dtype)).all()):
             raise NonFiniteError(f"Expected finite centres of {layer.name!r}, but got NaN or infinity.")
         if not bool((c[1:] > c[:-1]).all()):
             raise MalformedPayloadError(

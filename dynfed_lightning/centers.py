@@ -50,6 +50,7 @@ __all__ = [
     "given_centers",
 ]
 
+_BLOCK = 1 << 20  # weights
 Start = Mapping[str, Tensor | Sequence[float]] | Callable[[str, Tensor, int], Tensor] | None
 
 
@@ -112,9 +113,9 @@ class LearnedCenters:
         center_lr: e2, over epochs, >= 0; None: 1e-4 to 1e-6, geometrically.
         clamp: weights of quantised layers are kept in [-clamp, clamp], as by the authors; None: not. Weights that are
             beyond it before training are an error.
-        finetune: the share of the epochs, 0 to 1, at the end, in which assignments are frozen.
-        start: the first centres: a mapping from patterns of names to ascending numbers (the first that matches counts; other
-            layers as `first_centers`), or a function of a layer's name, weights and bits.
+        finetune: the share of the epochs, 0 to 1, at the end, in which assignments are frozen; see `last_epochs`.
+        start: the first centres, within `clamp`: a mapping from patterns of names to ascending numbers (the first that matches
+            counts; other layers as `first_centers`), or a function of a layer's name, weights and bits.
 
     Attributes:
         names: of the quantised parameters.
@@ -216,7 +217,18 @@ class LearnedCenters:
             given = next((c for p, c in self.start.items() if fnmatchcase(name, p)), None)
         elif self.start is not None:
             given = self.start(name, x.detach(), bits)
-        return first_centers(x, bits) if given is None else given_centers(name, given, bits).to(x.device)
+        if given is None:
+            return first_centers(x, bits)
+        c = given_centers(name, given, bits)
+        largest = float(c.abs().max())
+        if self.clamp is not None and largest > self.clamp:
+            raise ValueError(
+                f"Expected the centres of {name!r} within `clamp` = {self.clamp}, as its weights are, but got {c.tolist()}: a "
+                "larger `clamp`, or None, lets them be."
+            )
+        if not bool(torch.isfinite(c.to(x.dtype)).all()):
+            raise ValueError(f"Expected centres of {name!r} that are finite in {x.dtype}, but got {c.tolist()}.")
+        return c.to(x.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Centres, and assignments once frozen: ``{"centers": {name: float32 [m]}, "index": {name: uint8}}``."""
@@ -225,6 +237,12 @@ class LearnedCenters:
         if self.frozen:
             state["index"] = dict(zip(self.names, self.index, strict=True))
         return state
+
+    def last_epochs(self, epochs: int) -> int:
+        """How many of the epochs have frozen assignments: the share `finetune`, rounded down, and at least one of several."""
+        if not self.finetune > 0:
+            return 0
+        return max(math.floor(self.finetune * epochs + 1e-9), 1 if epochs > 1 else 0)
 
     def at(self, epoch: int, epochs: int, *, passes: int | None = None) -> None:
         """Set the schedules, and freeze the assignments when the last phase begins.
@@ -246,9 +264,8 @@ class LearnedCenters:
             )
         self.lam, self.center_lr = lam, center_lr
         self.sharpness = sharpness
-        last = epoch >= epochs - math.floor(self.finetune * epochs + 1e-9)
         if self.names and not self.frozen:
-            if self.finetune > 0 and last:
+            if epoch >= epochs - self.last_epochs(epochs):
                 self.harden()
             elif self.relative_sharpness:
                 spans = torch.stack([(c[-1] - c[0]).detach() / (len(c) - 1) for c in self.centers])
@@ -342,6 +359,7 @@ class LearnedCenters:
         self.index, self.centers = list(index), c
         for p, v in zip(self.parameters, values, strict=True):
             p.data.copy_(v)
+            p.grad = None
 
     @torch.no_grad()
     def frozen_gradients(self) -> list[Tensor]:
@@ -358,7 +376,7 @@ class LearnedCenters:
         """Step the centres, and set the weights to them (whatever the optimiser has done to those)."""
         self.centers = [c - self.center_lr * h.float() for c, h in zip(self.centers, gradients, strict=True)]
         for p, c, i in zip(self.parameters, self.centers, self.index, strict=True):
-            p.data.copy_(c[i.long()])
+            _put_centers(p.data, c, i)
 
     def to(self, device: torch.device | str) -> LearnedCenters:
         """Move centres and assignments, as ``module.to(device)`` moves the weights."""
@@ -368,6 +386,15 @@ class LearnedCenters:
 
     def _plain(self) -> list[Tensor]:
         return [c.detach() for c in self.centers]
+
+
+def _put_centers(x: Tensor, c: Tensor, index: Tensor) -> None:
+    """``x = c[index]``, in blocks: torch looks up by integers of eight bytes."""
+    if not x.is_contiguous() or not index.is_contiguous():  # e.g. channels last
+        x.copy_(c[index.long()])
+        return
+    for part, i in zip(x.view(-1).split(_BLOCK), index.view(-1).split(_BLOCK), strict=True):
+        part.copy_(c[i.long()])
 
 
 def _check_finite(names: Sequence[str], tensors: Sequence[Tensor], what: str) -> None:

@@ -136,6 +136,35 @@ def _nothing(*_: Any, **__: Any) -> None:
     """What is logged in a silent pass."""
 
 
+class Swap:
+    """Puts other values into tensors of a module for a while."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[Tensor, Tensor]] = []  # the tensors, and what they held
+
+    @torch.no_grad()
+    def put(self, own: Tensor, value: Tensor) -> None:
+        """`value` into `own`, until `put_back`."""
+        self._kept.append((own, own.detach().clone()))
+        own.data.copy_(value)
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """As it was."""
+        for own, value in self._kept:
+            own.data.copy_(value)
+        self._kept = []
+
+    def restore(self, module: nn.Module, state: dict[str, Any]) -> None:
+        """In a state dict of the module that was taken meanwhile, put what its tensors hold otherwise."""
+        kept = {id(own): value for own, value in self._kept}
+        live: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+        live.update(module.named_buffers(remove_duplicate=False))
+        for name in state:
+            if name in live and id(live[name]) in kept:
+                state[name] = kept[id(live[name])]
+
+
 def check_trainer(trainer: Any, who: str = "MutualDistillation", what: str = "the peer is") -> Precision | None:
     """The precision plugin, None in the bare loop, after refusing what would train the peer wrongly."""
     strategy = getattr(trainer, "strategy", None)

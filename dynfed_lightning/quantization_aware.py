@@ -25,14 +25,9 @@ from torch.optim import Optimizer
 from dynfed_lightning._quantization_checks import check_setup, training_length
 from dynfed_lightning.callbacks import ExtraLoss
 from dynfed_lightning.centers import Bits, LearnedCenters, Start
-from dynfed_lightning.co_training import (
-    RandomStream,
-    StepAgain,
-    mean_over_ranks,
-    start_equal,
-    world_size,
-)
+from dynfed_lightning.co_training import RandomStream, StepAgain, Swap, mean_over_ranks, start_equal, world_size
 from dynfed_lightning.quantized_file import LayerTable, QuantizedFile, QuantizedLayer, save_quantized
+from dynfed_lightning.quantized_layers import check_stepped
 from dynfed_lightning.schedules import Schedule
 from dynfed_lightning.seeds import derive_seed
 
@@ -59,7 +54,16 @@ class QuantizationAware(ExtraLoss):
     * A ``training_step`` with other side effects has them in every pass. Activation checkpointing inside it would compute with
       the wrong weights and is refused where it can be seen.
 
-    Validation inside of fit, and ``validate`` and ``test`` of a checkpoint, run with quantised weights. Logged every epoch:
+    Validation inside of fit, and ``validate``, ``test`` and ``predict`` of a checkpoint, run with quantised weights. A
+    checkpoint's ``state_dict`` holds the weights as they are trained, not their centres; those are in this callback's part of
+    it, which a ``ModelCheckpoint(save_weights_only=True)`` leaves out. So an evaluation leaves the module with the float
+    weights of the checkpoint, and the best one becomes a file by::
+
+        trainer.test(module, ckpt_path="best")
+        quantize.quantize(module)
+        quantize.save("model.safetensors")
+
+    A second fit with the same callback starts from first centres again. Logged every epoch:
     ``quantization/loss`` (the mean f(Q~_c(x)) over its batches), ``quantization/distance`` (mean |x - Q_c(x)| at its end),
     ``quantization/sharpness`` and ``quantization/lam``. With ``bits=None`` (or a function that chooses no layer) both f's would
     be the same: the second is dropped, and training is the module's own, to the bit.
@@ -68,8 +72,8 @@ class QuantizationAware(ExtraLoss):
 
     Args:
         bits: 1 to 8 for all layers; a mapping from patterns of parameter names (`fnmatch`, the first that matches counts) to
-            bits or None; a function of name and parameter. Only parameters of two or more dimensions, outside of
-            normalisation layers, are quantised.
+            bits or None; a function of name and parameter. Only parameters of two or more dimensions are quantised, not those of
+            normalisation layers, nor embeddings with ``padding_idx``, ``sparse`` or ``max_norm``; an optimiser must step each.
         ends: quantise the first and the last layer too (in the order of registration).
         sharpness: P, positive; None: from 10 to 100, linearly.
         relative_sharpness: divide P by the mean distance of a layer's neighbouring centres.
@@ -77,9 +81,9 @@ class QuantizationAware(ExtraLoss):
             1e-4 (ResNet-20), 1e-5 (ResNet-8), 1e-6 (a small CNN).
         center_lr: learning rate of the centres, >= 0; None: from 1e-4 to 1e-6, geometrically.
         clamp: weights of quantised layers are kept in [-clamp, clamp]; None: not.
-        finetune: the share of the epochs, at the end, in which assignments are frozen.
-        centers: the first centres by pattern of names, or by a function of name, weights and bits; None: evenly from the least
-            to the largest weight of a layer, for one bit the means of its negative and its positive weights.
+        finetune: the share of the epochs, at the end, in which assignments are frozen: rounded down, at least one of several.
+        centers: the first centres, within `clamp`, by pattern of names, or by a function of name, weights and bits; None:
+            evenly from a layer's least to its largest weight, for one bit the means of its negative and positive weights.
         alternate: take the centres' gradient at the new weights (the paper), by a pass of its own; False: at the old, from the
             same pass, for two thirds of the time.
         validate: weights inside of fit's validation: ``"quantized"`` or ``"float"``.
@@ -125,7 +129,9 @@ class QuantizationAware(ExtraLoss):
         self._module: L.LightningModule | None = None
         self._again: StepAgain | None = None
         self._float_buffers: dict[str, Tensor] = {}  # of the pass with the float weights
-        self._kept: list[tuple[Tensor, Tensor]] = []  # during evaluation: tensors of the module, and what they held
+        self._swap = Swap()  # of weights and buffers during evaluation
+        self._evaluated = False  # whether evaluation has taken up what was loaded
+        self._random: dict[str, Tensor] = {}  # where the stream of the last fit ended
         self._handles: list[Any] = []
         self._by_steps, self._end = False, 1
         self._clock: tuple[int, int] | None = None
@@ -156,12 +162,14 @@ class QuantizationAware(ExtraLoss):
         Raises:
             ValueError: see the class.
         """
-        loaded, self._loaded = self._loaded, {}
+        loaded: Mapping[str, Any] = {} if self._evaluated else self._loaded
+        self._loaded, self._evaluated, self._random = {}, False, {}
         self._attach(pl_module, loaded)
         self._trainer, self.steps = trainer, int(loaded.get("steps", 0))
         if not self.engine.names:
             return
         check_setup(trainer, pl_module, type(self).__name__)
+        check_stepped(self.engine.names, self.engine.parameters, trainer.optimizers)
         self._by_steps, self._end = training_length(trainer)
         self._clock, self._window, self._tried = None, {}, False
         self._loss, self._losses = None, 0
@@ -171,8 +179,11 @@ class QuantizationAware(ExtraLoss):
         saved = loaded.get("buffers") or names
         self._float_buffers = {n: saved[n].detach().to(b.device, copy=True) for n, b in names.items()}
         device = self.engine.parameters[0].device
-        rank = int(getattr(trainer, "global_rank", 0))
-        stream = RandomStream(derive_seed(self.seed, torch.initial_seed(), rank), device, loaded.get("random"))
+        key = [self.seed, torch.initial_seed(), int(getattr(trainer, "global_rank", 0))]
+        saved_random = loaded.get("random")
+        if saved_random and world_size(trainer) > 1:  # rank 0's: every rank goes on with a new stream of its own
+            key, saved_random = [*key, self.steps], None
+        stream = RandomStream(derive_seed(*key), device, saved_random)
         self._again = StepAgain(pl_module, pl_module.training_step, stream)
         self._update()
         if loaded and tuple(loaded["clock"] or ()) == self._clock:
@@ -190,15 +201,18 @@ class QuantizationAware(ExtraLoss):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The weights become their centres, if they are not yet."""
         if self.engine.names and not self.frozen:
-            rank_zero_info(
-                "QuantizationAware: training ended before its last phase; the weights are quantised as they are."
-            )
+            if self.engine.last_epochs(self._end):
+                rank_zero_info(
+                    "QuantizationAware: training ended before its last phase; the weights are quantised as they are."
+                )
             self.engine.harden()
         super().on_train_end(trainer, pl_module)
 
     def _unwrap(self) -> None:
         super()._unwrap()
-        self._put_back()
+        if self._again is not None:
+            self._random = dict(self._again.random.state)
+        self._swap.put_back()
         for handle in self._handles:
             handle.remove()
         self._handles, self._window, self._sums = [], {}, []
@@ -338,61 +352,48 @@ class QuantizationAware(ExtraLoss):
         for name, value in values.items():
             pl_module.log(f"quantization/{name}", value, sync_dist=world_size(trainer) > 1)
 
-    @torch.no_grad()
-    def _put(self, own: Tensor, value: Tensor) -> None:
-        self._kept.append((own, own.detach().clone()))
-        own.data.copy_(value)
-
-    @torch.no_grad()
-    def _put_back(self) -> None:
-        for own, value in self._kept:
-            own.data.copy_(value)
-        self._kept = []
-
     def _evaluate(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Put the weights in place that are to be evaluated."""
-        if self._again is None and not self._loaded:
+        if self._again is None and (not self._loaded or (self._evaluated and module is not self._module)):
             return  # before or after training: the weights as they are
         if self._again is None:  # of a checkpoint
             self._attach(module, self._loaded)
-            if not trainer.sanity_checking:  # training is about to take it up
-                self._loaded = {}
+            if not trainer.sanity_checking:  # or training is about to take it up
+                self._evaluated = True
         elif self.validate == "float":
             if not self.frozen:
                 if world_size(trainer) > 1:
                     start_equal(self._float_buffers.values())
                 for n, b in module.named_buffers():
-                    self._put(b, self._float_buffers[n])
+                    self._swap.put(b, self._float_buffers[n])
             return
         if not self.frozen:
             hard = self.engine.hard()
             for n, p in zip(self.engine.names, self.engine.parameters, strict=True):
-                self._put(p, hard[n])
+                self._swap.put(p, hard[n])
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._evaluate(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._put_back()
+        self._swap.put_back()
 
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._evaluate(trainer, pl_module)
-
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._put_back()
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
 
     # --------------------------------------------------------------- what it made
 
     def quantize(self, module: L.LightningModule) -> None:
-        """Quantise a module that was loaded from a checkpoint, with the centres that were given to `load_state_dict`.
+        """Quantise a module that was loaded from a checkpoint, with the checkpoint's centres: those that an evaluation with
+        ``ckpt_path`` brought, or `load_state_dict`.
 
         Raises:
             ValueError: nothing was loaded, or it is of another architecture.
         """
         if not self._loaded:
-            raise ValueError("Expected `load_state_dict` with this callback's part of a checkpoint before `quantize`.")
+            raise ValueError("Expected `load_state_dict`, or an evaluation with `ckpt_path`, before `quantize`.")
         self._attach(module, self._loaded)
-        self._loaded = {}
+        self._loaded, self._evaluated = {}, False
         self.engine.harden()
 
     def report(self) -> LayerTable:
@@ -410,19 +411,16 @@ class QuantizationAware(ExtraLoss):
             ValueError: the weights are not their centres yet.
         """
         if self._module is None or (self.engine.names and not self.frozen):
-            raise ValueError("Expected `save` after training: the weights become their centres when it ends.")
+            raise ValueError(
+                "Expected `save` after training, or of a checkpoint after `quantize`: these set weights to centres."
+            )
         return save_quantized(self._module, path, self.centers)
 
     # -------------------------------------------------------------- checkpoint
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """A checkpoint that another callback writes during validation holds the weights that are trained."""
-        kept = {id(own): value for own, value in self._kept}
-        live: dict[str, Tensor] = dict(pl_module.named_parameters(remove_duplicate=False))
-        live.update(pl_module.named_buffers(remove_duplicate=False))
-        for name in checkpoint.get("state_dict", {}):
-            if name in live and id(live[name]) in kept:
-                checkpoint["state_dict"][name] = kept[id(live[name])]
+        self._swap.restore(pl_module, checkpoint.get("state_dict", {}))
 
     def state_dict(self) -> dict[str, Any]:
         """Centres, assignments once frozen, the float pass's buffers, random stream, steps; ``weights_only`` reads it."""
@@ -434,14 +432,14 @@ class QuantizationAware(ExtraLoss):
             "clock": None if self._clock is None else list(self._clock),
             "sharpness": self.engine.sharpness,
             "buffers": {n: b.detach() for n, b in self._float_buffers.items()},
-            "random": {} if self._again is None else dict(self._again.random.state),
+            "random": dict(self._random if self._again is None else self._again.random.state),
             "steps": self.steps,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what `state_dict` gave, when training or evaluation starts next. One of the last phase stays in it, also
         where training is then given more epochs."""
-        self._loaded = dict(state_dict)
+        self._loaded, self._evaluated = dict(state_dict), False
 
 
 __all__ = ["QuantizationAware"]

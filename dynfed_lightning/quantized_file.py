@@ -86,7 +86,8 @@ def save_quantized(
             c = _distinct(t)
         else:
             c = centers[name].detach().float().cpu().flatten().unique()
-            if not 1 <= len(c) <= 256 or not bool(torch.isfinite(c).all()) or NAMES.get(t.dtype) not in WEIGHTS:
+            fits = NAMES.get(t.dtype) in WEIGHTS and bool(torch.isfinite(c.to(t.dtype)).all())
+            if not 1 <= len(c) <= 256 or not fits:
                 raise ValueError(
                     f"Expected 1 to 256 finite centres of floating weights of {name!r}, but got {len(c)} of {t.dtype}."
                 )

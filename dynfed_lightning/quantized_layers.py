@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.optim import Optimizer
 
 Bits = int | Mapping[str, int | None] | Callable[[str, nn.Parameter], int | None] | None
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -13,9 +14,21 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 def candidates(module: nn.Module) -> dict[str, nn.Parameter]:
     """What could be quantised: trainable floating-point parameters of two or more dimensions, in the order of registration,
-    but for those of normalisation layers and of ``torch.nn.utils.parametrizations`` (they are not what the layer multiplies
-    by). One that several layers share is one, under its first name."""
-    norms = {id(p) for m in module.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
+    but for those of normalisation layers, of ``weight_norm``, ``spectral_norm`` and the like (they are not what the layer
+    multiplies by), and of embeddings with ``padding_idx`` (a row of zeros, which need not be a centre), ``sparse`` gradients
+    or ``max_norm``. One that several layers share is one, under its first name."""
+    float_ones = _own_ways(module)
+    return {n: p for n, p in _weights(module).items() if id(p) not in float_ones}
+
+
+def _weights(module: nn.Module) -> dict[str, nn.Parameter]:
+    """`candidates`, and embeddings that are none."""
+    made = {
+        id(p)
+        for m in module.modules()
+        for n, p in m.named_parameters(recurse=False)
+        if isinstance(m, NORMS) or _is_part(m, n)
+    }
     return {
         n: p
         for n, p in module.named_parameters()
@@ -23,9 +36,21 @@ def candidates(module: nn.Module) -> dict[str, nn.Parameter]:
         and p.is_floating_point()
         and p.ndim >= 2
         and p.numel()
-        and id(p) not in norms
+        and id(p) not in made
         and "parametrizations." not in n
     }
+
+
+def _is_part(module: nn.Module, name: str) -> bool:
+    """Whether a hook makes the weight of this parameter, as ``torch.nn.utils.weight_norm`` and ``prune`` do."""
+    whole, _, part = name.rpartition("_")
+    return part in ("g", "v", "orig") and whole not in module._parameters and hasattr(module, whole)
+
+
+def _own_ways(module: nn.Module) -> set[int]:
+    """Embeddings that would not stay among their centres, or whose gradients are no dense tensors."""
+    found = [m for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+    return {id(m.weight) for m in found if m.padding_idx is not None or m.sparse or m.max_norm is not None}
 
 
 def _check_bits(what: str, value: object) -> None:
@@ -62,7 +87,8 @@ def choose_layers(module: nn.Module, bits: Bits, ends: bool = False) -> dict[str
     if bits is None:
         return {}
     found = candidates(module)
-    names = list(found) if ends else list(found)[1:-1]
+    every = list(_weights(module))  # an embedding that stays float may be the first layer all the same
+    names = [n for n in (every if ends else every[1:-1]) if n in found]
     chosen: dict[str, int | None] = {}
     if isinstance(bits, Mapping):
         for pattern in bits:
@@ -86,3 +112,18 @@ def choose_layers(module: nn.Module, bits: Bits, ends: bool = False) -> dict[str
     for name, value in chosen.items():
         _check_bits(f"`bits` of {name!r}", value)
     return {n: b for n, b in chosen.items() if b is not None}
+
+
+def check_stepped(names: Iterable[str], parameters: Iterable[nn.Parameter], optimizers: Iterable[Optimizer]) -> None:
+    """Only what an optimiser steps can be quantised: nothing would clear another's gradients, or undo what moves it.
+
+    Raises:
+        ValueError: one of `parameters` is in none of `optimizers`; names it.
+    """
+    stepped = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
+    for name, p in zip(names, parameters, strict=True):
+        if id(p) not in stepped:
+            raise ValueError(
+                f"Expected an optimiser to step {name!r}, which is quantised, but none does: `requires_grad_(False)`, or None "
+                f"for {name!r} in a mapping of `bits`, leaves it as it is."
+            )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from dynfed_lightning import Constant, Linear
+from dynfed_lightning import centers as centers_module
 from dynfed_lightning.centers import LearnedCenters, ascending, candidates, choose_layers, first_centers
 
 NAME = "2.weight"
@@ -57,6 +58,38 @@ def test_what_can_be_quantised() -> None:
     assert choose_layers(zoo, {"body.2.*": 8}) == {"body.2.weight": 8}
     assert choose_layers(zoo, lambda n, p: p.ndim if "1" not in n else None) == {body[0]: 2, body[2]: 2}
     assert choose_layers(zoo, None) == choose_layers(zoo, {}) == {}
+
+
+def test_embeddings_that_would_not_stay_among_their_centres() -> None:
+    """A row of zeros, sparse gradients or rows that are scaled as they are read; as first layers they are so still."""
+    for kwargs in ({"padding_idx": 0}, {"sparse": True}, {"max_norm": 1.0}):
+        for kind in (nn.Embedding, nn.EmbeddingBag):
+            model = nn.ModuleList([nn.Linear(4, 4), kind(5, 4, **kwargs), nn.Linear(4, 4), nn.Linear(4, 2)])
+            assert list(candidates(model)) == ["0.weight", "2.weight", "3.weight"]
+            assert list(choose_layers(model, 2)) == ["2.weight"]
+            assert list(choose_layers(nn.ModuleList([kind(5, 4, **kwargs), *model[2:], model[0]]), 2)) == [
+                "1.weight",
+                "2.weight",
+            ]
+    assert list(choose_layers(nn.ModuleList([nn.Linear(4, 4), nn.Embedding(5, 4), nn.Linear(4, 2)]), 2)) == ["1.weight"]
+    tied = nn.ModuleList([nn.Linear(4, 4), nn.Embedding(5, 4, padding_idx=0), nn.Linear(4, 5), nn.Linear(5, 2)])
+    tied[2].weight = tied[1].weight
+    assert list(candidates(tied)) == ["0.weight", "3.weight"]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_parts_that_a_hook_makes_a_weight_of() -> None:
+    """The older ways of torch, too."""
+    for wrap in (
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        lambda m: nn.utils.prune.l1_unstructured(m, "weight", amount=2),
+    ):
+        model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+        wrap(model[1])  # type: ignore[operator]
+        assert list(candidates(model)) == ["0.weight", "2.weight", "3.weight"]
+    named = nn.ParameterDict({"weight_g": torch.ones(2, 2), "weight": torch.ones(2, 2), "other_g": torch.ones(2, 2)})
+    assert set(candidates(named)) == {"weight_g", "weight", "other_g"}  # a name alone says nothing
 
 
 def test_layers_that_there_are_not() -> None:
@@ -185,6 +218,39 @@ def test_hardening_freezes_assignments() -> None:
     assert torch.equal(e.frozen_gradients()[0], torch.zeros(4))  # no gradient: none
 
 
+@pytest.mark.parametrize("last", [True, False])
+def test_weights_are_set_to_their_centres_in_blocks(last: bool, monkeypatch: Any) -> None:
+    """Of any size, in any memory format: what looking all up at once gives."""
+    monkeypatch.setattr(centers_module, "_BLOCK", 7)
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Linear(3, 3))
+    if last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    e = engine(model, 3, ends=True, center_lr=0.1)
+    e.harden()
+    e.after_frozen([torch.arange(8.0), torch.zeros(8)])
+    for p, c, i in zip(e.parameters, e.centers, e.index, strict=True):
+        assert torch.equal(p.detach(), c[i.long()]) and p.numel() % 7
+
+
+def test_hardening_takes_old_gradients_away() -> None:
+    model = net()
+    e = engine(model)
+    model[2].weight.grad = torch.ones(12, 12)
+    e.harden()
+    assert model[2].weight.grad is None
+
+
+def test_given_centres_that_the_weights_could_not_be() -> None:
+    with pytest.raises(
+        ValueError, match=r"centres of '2.weight' within `clamp` = 1.0, as its weights are, but got \[-1.5"
+    ):
+        engine(net(), start={"*": [-1.5, -0.1, 0.1, 1.5]})
+    engine(net(), start={"*": [-1.5, -0.1, 0.1, 1.5]}, clamp=None)
+    half = net().to(torch.float16)
+    with pytest.raises(ValueError, match="centres of '2.weight' that are finite in torch.float16"):
+        engine(half, start=lambda *_: [0.0, 7e4], clamp=None)
+
+
 def test_weights_that_are_not_numbers() -> None:
     model = net()
     e = engine(model, 2, ends=True)
@@ -228,7 +294,8 @@ def test_schedules() -> None:
     [
         (0.2, 10, 8),
         (0.2, 5, 4),
-        (0.2, 4, None),
+        (0.2, 4, 3),
+        (0.01, 2, 1),
         (0.29, 100, 71),
         (0.3, 10, 7),
         (1.0, 3, 0),
@@ -237,7 +304,7 @@ def test_schedules() -> None:
     ],
 )
 def test_when_the_last_phase_begins(share: float, epochs: int, first: int | None) -> None:
-    """The share rounded down to whole epochs, and not by what floats make of it."""
+    """The share rounded down to whole epochs, and not by what floats make of it; one epoch at least, of several."""
     e = LearnedCenters(2, finetune=share)
     e.attach(net())
     frozen = []

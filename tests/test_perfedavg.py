@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -188,6 +189,49 @@ def test_clients_are_judged_after_their_own_steps(local: str, steps: int) -> Non
     alone = float((model(x).argmax(1) == y).float().mean())
     assert float(trainer.callback_metrics["global_accuracy"]) == pytest.approx(alone, abs=1e-6)
     assert alone != pytest.approx(sum(each) / 4, abs=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*exists and is not empty", "ignore:.*does not have many workers")
+def test_the_steps_are_plain_whatever_clients_train_with(tmp_path: Any) -> None:
+    """Neither clipped nor accumulated nor cut short nor written to disk."""
+    kwargs = {
+        "gradient_clip_val": 1e-6,
+        "gradient_clip_algorithm": "value",
+        "accumulate_grad_batches": 2,
+        "max_time": "00:00:00:00",
+        "enable_checkpointing": True,
+        "default_root_dir": str(tmp_path),
+    }
+    found = []
+    for local in (TrainerLocal(), TrainerLocal(trainer_kwargs=kwargs)):
+        data = data_module(2)
+        federation = Federation(client_module(), PerFedAvg(0.3, steps=3), local=TrainerLocal())
+        run(federation, data, rounds=1)
+        assert federation.server is not None
+        module = federation.server.new_module()
+        client = SimpleNamespace(executor=local, data=data.client(0), id=0, round=0, num_rounds=1, seed=5)
+        federation.algorithm.adapt(client, module)  # type: ignore[arg-type]
+        found.append({n: p.detach().clone() for n, p in module.named_parameters()})
+    assert_same(*found)
+    assert not torch.equal(found[0]["model.0.weight"], weights(federation)["model.0.weight"])
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_weights_that_become_infinite_are_not_judged(caplog: Any) -> None:
+    """With a loss that was finite before the step."""
+
+    class Far(PerFedAvg):
+        def client_callbacks(self, client: Any, received: Any) -> list[L.Callback]:
+            return []
+
+    class Steep(ClientModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return 100 * super().training_step(batch, batch_idx)
+
+    federation = Federation(Steep(network(), lr=1e-4), Far(3e38), local="loop")
+    trainer = run(federation, data_module(2), rounds=1)
+    assert trainer.callback_metrics["accuracy"] == trainer.callback_metrics["global_accuracy"] > 0
+    assert "adapted model to stay finite" in caplog.text
 
 
 def test_judging_changes_nothing() -> None:

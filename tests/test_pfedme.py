@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
 from toys import DictModule, NormNet, assert_same, blobs, client_module, data_module, network, run, skewed, weights
 
 from dynfed_lightning import (
@@ -127,6 +127,30 @@ def test_how_many_steps() -> None:
         # eta * lam = 1: w ends where theta is, only if the last, seventh step counts.
         for name, t in federation.store.read(0)["theta"].items():
             torch.testing.assert_close(weights(federation)[name], t, rtol=0, atol=1e-6)
+
+
+def test_accumulated_gradients_are_refused() -> None:
+    local = TrainerLocal(trainer_kwargs={"accumulate_grad_batches": 2})
+    with pytest.raises(ValueError, match="Expected `accumulate_grad_batches` to be 1 under PFedMe, .* but got 2"):
+        run(Federation(client_module(), PFedMe(), local=local))
+
+
+def test_layers_that_a_callback_thaws_are_drawn_to_what_was_sent() -> None:
+    class Thaws(BaseFinetuning):
+        def freeze_before_training(self, pl_module: Any) -> None:
+            self.freeze(pl_module.model[0])
+
+        def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+            if epoch == 1:
+                self.unfreeze_and_add_param_group(pl_module.model[0], optimizer, lr=0.1, initial_denom_lr=1.0)
+
+    found = {}
+    for lam in (0.0, 9.0):
+        f = trained(PFedMe(lam, 0.05, K=5), TrainerLocal(max_epochs=2, callbacks=[Thaws()]), rounds=1)
+        start, theta = client_module().state_dict(), f.store.read(0)["theta"]
+        found[lam] = float((theta["model.0.weight"] - start["model.0.weight"]).norm())
+        assert torch.equal(weights(f)["model.0.weight"], start["model.0.weight"]) == (lam == 0)
+    assert 0 < found[9.0] < 0.5 * found[0.0]
 
 
 def test_modules_of_every_kind() -> None:

@@ -446,7 +446,7 @@ def test_the_last_phase_by_hand() -> None:
 
 
 @pytest.mark.parametrize("how", ["stopping", "asked to stop", "no last phase"])
-def test_weights_are_their_centres_however_it_ends(how: str) -> None:
+def test_weights_are_their_centres_however_it_ends(how: str, caplog: Any) -> None:
     quantize = QuantizationAware(2, finetune=0.0 if how == "no last phase" else 0.2)
     module, callbacks = Module(norm=True), list[L.Callback]()
     if how == "stopping":
@@ -455,6 +455,7 @@ def test_weights_are_their_centres_however_it_ends(how: str) -> None:
         callbacks = [LambdaCallback(on_train_batch_end=lambda trainer, *_: setattr(trainer, "should_stop", True))]
     trainer = fit(module, [quantize, *callbacks], epochs=10)
     assert trainer.current_epoch < 8 or how == "no last phase"
+    assert ("ended before its last phase" in caplog.text) == (how != "no last phase")
     assert quantize.frozen
     assert set(module.net[2].weight.detach().unique().tolist()) <= set(quantize.centers[HIDDEN].tolist())
     assert "training_step" not in vars(module)

@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from quantization_support import HIDDEN, Module, fit, loader, served, state
 from torch import Tensor
@@ -160,6 +160,95 @@ def test_a_checkpoint_is_tested_with_quantised_weights(tmp_path: Path) -> None:
     assert seen[1] != seen[4]
     trainer.test(module, data, ckpt_path=tmp_path / "epoch=4.ckpt", verbose=False)
     assert module.seen[-1] == seen[4]
+
+
+class Predicts(Module):
+    """Answers with the number of values that the quantised layer has."""
+
+    def predict_step(self, batch: Any, batch_idx: int) -> int:
+        return len(self.net[2].weight.unique())
+
+
+@pytest.mark.filterwarnings("ignore:.*exists and is not empty", "ignore:Be aware that when using `ckpt_path`")
+def test_the_best_checkpoint_becomes_a_file(tmp_path: Path) -> None:
+    """fit, test the best, quantise it, save: the file is what was tested. Predictions are with quantised weights too."""
+    module, data = Predicts(norm=True), served(list(loader())[:1])
+    quantize = QuantizationAware(2, center_lr=0.01)
+    keep = ModelCheckpoint(tmp_path, monitor="val_loss", mode="max", filename="best")
+    trainer = fit(module, [quantize, keep], epochs=5, val=data, enable_checkpointing=True)
+    trainer.test(module, data, ckpt_path="best", verbose=False)
+    tested = module.seen[-1]
+    assert tested == max(module.seen[:5]) != module.seen[4]
+    assert len(module.net[2].weight.unique()) > 4
+    with pytest.raises(ValueError, match="Expected `save` after training, or of a checkpoint after `quantize`"):
+        quantize.save(tmp_path / "x")
+    assert trainer.predict(module, data, ckpt_path="best") == [4]
+    trainer.test(module, data, verbose=False)  # the same module, without loading it again
+    assert module.seen[-1] == tested
+    other = Predicts(norm=True)
+    assert trainer.predict(other, data)[0] > 4  # type: ignore[index]  # another module is none of its business
+    quantize.quantize(module)
+    quantize.save(tmp_path / "model.safetensors")
+    load_quantized(other, tmp_path / "model.safetensors")
+    outer().validate(other, data, verbose=False)
+    assert other.seen[-1] == tested
+    with pytest.raises(ValueError, match="before `quantize`"):
+        quantize.quantize(module)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_fit_after_an_evaluation_starts_anew(tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path, save_last=True)
+    module, data = Module(), served(list(loader())[:1])
+    fit(module, [QuantizationAware(2, finetune=0.0), keep], enable_checkpointing=True)
+    quantize = QuantizationAware(2, center_lr=0.0)
+    outer(callbacks=[quantize]).validate(module, data, ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    fit(module, quantize)
+    assert quantize.steps == 3
+
+
+@pytest.mark.filterwarnings("ignore:.*exists and is not empty")
+def test_checkpoints_of_weights_alone_are_warned_of(tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path, save_weights_only=True)
+    with pytest.warns(UserWarning, match="beside QuantizationAware: its files lack the centres"):
+        fit(Module(), [QuantizationAware(2), keep], enable_checkpointing=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*was called without a model", "ignore:.*no last checkpoint available")
+def test_a_checkpoint_of_an_exception_goes_on_with_the_same_random_numbers(tmp_path: Path) -> None:
+    quantize = QuantizationAware(2)
+    with pytest.raises(Interrupted):
+        fit(Module(dropout=0.5), [quantize, Stop(2), OnExceptionCheckpoint(tmp_path)], enable_checkpointing=True)
+    (file,) = tmp_path.iterdir()
+    saved = torch.load(file, weights_only=True)["callbacks"][quantize.state_key]["random"]["cpu"]
+    assert torch.equal(saved, quantize.state_dict()["random"]["cpu"])
+    fresh = QuantizationAware(2)
+    with pytest.raises(Interrupted):
+        fit(Module(dropout=0.5), [fresh, Stop(0)])
+    assert not torch.equal(saved, fresh.state_dict()["random"]["cpu"])
+
+
+def test_ranks_that_resume_draw_numbers_of_their_own(monkeypatch: Any) -> None:
+    """A checkpoint holds rank 0's stream; one process goes on with it."""
+    monkeypatch.setattr("dynfed_lightning.quantization_aware.start_equal", lambda _: None)
+    state: dict[str, Any] = {}
+    found = []
+    for ranks, rank, steps in ((1, 0, 3), (1, 0, 3), (2, 0, 3), (2, 1, 3), (2, 1, 4)):
+        torch.manual_seed(5)
+        module = Module()
+        trainer: Any = SimpleNamespace(
+            strategy=None, optimizers=[module.configure_optimizers()], max_steps=-1, max_epochs=4, current_epoch=0
+        )
+        trainer.world_size, trainer.global_rank = ranks, rank
+        quantize = QuantizationAware(2)
+        quantize.load_state_dict({**state, "steps": steps} if state else {})
+        quantize.on_train_start(trainer, module)
+        assert quantize._again is not None
+        with quantize._again.random.used():
+            found.append(float(torch.rand(())))
+        state = state or quantize.state_dict()
+        quantize._unwrap()
+    assert len(set(found)) == 5, found
 
 
 def test_a_checkpoint_written_during_validation_holds_the_weights_that_are_trained(tmp_path: Path) -> None:
@@ -376,6 +465,13 @@ def test_setups_that_it_cannot_honour() -> None:
         with pytest.raises(ValueError, match=message):
             fit(module, callbacks, **kwargs)
         assert "training_step" not in vars(module)
+
+    class Part(Module):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD([*self.net[0].parameters(), *self.net[4].parameters()], lr=0.1)
+
+    with pytest.raises(ValueError, match="Expected an optimiser to step 'net.2.weight', which is quantised, but none"):
+        fit(Part(), QuantizationAware(2))
     peer = MutualDistillation(network(1), weight=0)
     with pytest.raises(ValueError, match="has wrapped it"):
         fit(Module(), [peer, QuantizationAware(2)])

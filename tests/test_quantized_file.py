@@ -218,6 +218,10 @@ def test_a_model_without_quantised_layers(tmp_path: Path) -> None:
     written = save_quantized(nn.Linear(5, 3), tmp_path / "m")
     assert written.layers == [] and written.layers_ratio == 1.0
     assert len(quantized_state_dict(tmp_path / "m")) == 2
+    none = nn.ParameterDict({"weight": torch.ones(3, 0)})
+    nothing = save_quantized(none, tmp_path / "m", {"weight": torch.tensor([0.0, 1.0])})
+    assert [r.numel for r in nothing.layers] == [0] and nothing.layers_ratio == 1.0
+    assert "quantised layers" in str(nothing)
     empty = save_quantized(nn.ReLU(), tmp_path / "e")
     assert quantized_state_dict(tmp_path / "e") == {} and "0 other tensors" in str(empty)
 
@@ -503,3 +507,25 @@ def test_noise(noise: bytes, place: int) -> None:
         decode(bytes(payload), parse(bytes(payload)))
     except PayloadError:
         pass
+
+
+def test_centres_that_are_infinite_in_the_dtype_of_the_weights(tmp_path: Path) -> None:
+    """Neither written nor read, though float32 holds them."""
+    module = nn.Linear(64, 64, bias=False).half()
+    c = torch.tensor([0.0, 7e4])
+    with torch.no_grad():
+        module.weight.copy_(c[torch.arange(64 * 64).view(64, 64) % 2])
+    assert module.weight.isinf().any()
+    with pytest.raises(ValueError, match="Expected 1 to 256 finite centres of floating weights of 'weight'"):
+        save_quantized(module, tmp_path / "m", {"weight": c})
+    with torch.no_grad():
+        module.weight.copy_(torch.tensor([0.0, 6e4])[torch.arange(64 * 64).view(64, 64) % 2])
+    written = save_quantized(module, tmp_path / "m")
+    data = (tmp_path / "m").read_bytes()
+    place = data.index(torch.tensor([written.layers[0].centers[1]]).numpy().tobytes())
+    changed = bytearray(data[:place] + c[1:].numpy().tobytes() + data[place + 4 :])
+    changed[CRC] = b"0" * 8
+    changed[CRC] = f"{zlib.crc32(bytes(changed)):08x}".encode()
+    (tmp_path / "m").write_bytes(bytes(changed))
+    with pytest.raises(NonFiniteError, match="Expected finite centres of 'weight'"):
+        quantized_state_dict(tmp_path / "m")

@@ -478,6 +478,70 @@ def test_the_optimisers_memory_stays_or_goes(keep: bool) -> None:
         assert float(next(iter(state["optimizer"]["state"].values()))["step"]) == 2 * batches
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "adagrad"])
+def test_moments_of_layers_whose_weights_are_centres_are_forgotten(optimizer: str) -> None:
+    """And those of all other tensors go on, over rounds of the last phase."""
+
+    class Own(ClientModule):
+        def configure_optimizers(self) -> Any:
+            return (torch.optim.Adam if optimizer == "adam" else torch.optim.Adagrad)(self.parameters(), 0.01)
+
+    f = trained(QuPeD(Own(deep(norm=False)), finetune=0.5), rounds=4)
+    state = f.store.read(1)
+    assert "index" in state
+    names = [n for n, _ in Own(deep(norm=False)).named_parameters()]
+    kept = {names[i]: s for i, s in state["optimizer"]["state"].items()}
+    assert set(kept) == set(names) - set(state["centers"]) and len(state["centers"]) == 2
+    batches = len(f.runtime.data(1).train_loader(0))
+    assert {float(s["step"]) for s in kept.values()} == {4 * batches}
+
+
+@pytest.mark.parametrize("alternate", [True, False])
+def test_the_proximal_step_is_at_the_rate_of_its_step(alternate: bool) -> None:
+    """A scheduler that counts steps has not moved on yet; QuantizationAware alone is the same."""
+
+    class Falls(ClientModule):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 0.1**k)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    x, y = blobs(64)
+    data = Batches((x[i : i + 16], y[i : i + 16]) for i in range(0, 64, 16))
+    personal, alone = Falls(deep(norm=False)), Falls(deep(norm=False))
+    settings: dict[str, Any] = {"finetune": 0.0, "lam": 0.5, "clamp": None}
+    centers = LearnedCenters(2, **settings)
+    centers.attach(personal)
+    steps = PersonalSteps(Peer(personal, "personal"), centers, 0.0, alternate=alternate)
+    outer(1, callbacks=[steps]).fit(ClientModule(deep(norm=False), lr=0.1), data)
+    quantize = QuantizationAware(2, **settings, alternate=alternate)
+    seen: list[dict[str, Tensor]] = []
+
+    class Before(L.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            seen.append({n: t.detach().clone() for n, t in pl_module.state_dict().items()})
+
+    outer(1, callbacks=[quantize, Before()]).fit(alone, data)
+    assert_same(dict(personal.state_dict()), seen[-1])
+
+
+def test_a_batch_that_the_personal_model_skips_teaches_labels_only_where_they_are_to_teach() -> None:
+    class Skips(ClientModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return None
+
+    x, y = blobs(64)
+    for global_loss in (True, False):
+        personal, module = Skips(deep(), lr=0.1), ClientModule(deep(1), lr=0.1)
+        before = {n: p.detach().clone() for n, p in module.named_parameters()}
+        centers = LearnedCenters(2)
+        centers.attach(personal)
+        steps = PersonalSteps(Peer(personal, "personal"), centers, 0.5, global_loss=global_loss)
+        outer(1, callbacks=[steps]).fit(module, Batches([(x, y)] * 2))
+        moved = any(not torch.equal(p.detach(), before[n]) for n, p in module.named_parameters())
+        assert moved == global_loss
+
+
 NO_CHECKPOINT = "ignore:Be aware that when using `ckpt_path`:UserWarning"
 
 
@@ -656,6 +720,10 @@ def test_bad_arguments(make: Any, error: Any, message: str) -> None:
         ),
         (lambda: QuPeD(deep(), personal_optimizer=lambda p: 3), "Expected `personal_optimizer` to make an Optimizer"),
         (lambda: QuPeD(deep(), bits=lambda k: 9 if k == 2 else 1), "from 1 to 8, but got 9"),
+        (
+            lambda: QuPeD(deep(), personal_optimizer=lambda p: torch.optim.SGD(list(p)[:4], lr=0.1)),
+            "Expected an optimiser to step 'model.3.weight', which is quantised, but none does",
+        ),
     ],
 )
 def test_what_does_not_fit_is_found_before_training(make: Any, message: str) -> None:

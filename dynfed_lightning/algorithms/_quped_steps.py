@@ -89,8 +89,8 @@ class PersonalSteps(ExtraLoss):
         """Step x and c; what w's step is to lower."""
         w = None if self._capture is None else self._capture.take().logits
         told = self._steps(pl_module, batch, batch_idx, None if w is None else w.detach())
-        if told is None:  # the personal model skips this batch, and nobody learns from it
-            return loss
+        if told is None:  # the personal model skips this batch: nobody learns from it, and w from its labels alone
+            return loss if self.global_loss else 0 * loss
         self._note("loss", loss)
         self._batches += 1
         total = loss if self.global_loss else 0 * loss
@@ -124,11 +124,12 @@ class PersonalSteps(ExtraLoss):
             h = peer.unscaled(q.frozen_gradients())
         elif soft and not self.alternate:
             h = peer.unscaled([torch.zeros_like(c) if c.grad is None else c.grad for c in q.centers])
+        rates = peer.rates(q.parameters, self.lr_factor)  # of this step: schedulers that count steps follow it
         if peer.step(self.lr_factor):
             if q.frozen:
                 q.after_frozen(h)
             elif soft:
-                q.after_weights(peer.rates(q.parameters, self.lr_factor))
+                q.after_weights(rates)
                 if self.alternate:  # h = grad_c F(Q~_c(x+))
                     again = run(q.soft(weights=False, centers=True))
                     h = [] if again is None else peer.gradients(self._objective(again, w), q.centers)

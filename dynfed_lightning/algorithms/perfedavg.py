@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from dynfed_lightning.algorithm import Client, CodecLike, Received
+from dynfed_lightning.algorithms._local_models import check_finite, kept
 from dynfed_lightning.algorithms.fedavg import FedAvg
 from dynfed_lightning.callbacks import ExtraLoss
 from dynfed_lightning.co_training import RandomStream, StepAgain
@@ -45,6 +46,15 @@ from dynfed_lightning.tensors import load_weights, weights_of
 
 log = logging.getLogger(__name__)
 VARIANTS = {"FO": 2, "HF": 3}  # and how many independent batches a step takes
+# Of a client's Trainer: what would make of a plain gradient step another, stop before it, or tell of it.
+_NOT_PLAIN = (
+    "accumulate_grad_batches",
+    "enable_checkpointing",
+    "gradient_clip_algorithm",
+    "gradient_clip_val",
+    "logger",
+    "max_time",
+)
 
 
 class PerFedAvg(FedAvg):
@@ -100,8 +110,9 @@ class PerFedAvg(FedAvg):
         return [MetaSteps(self.alpha, self.variant, self.delta, self.whole)]
 
     def adapt(self, client: Client, module: L.LightningModule) -> None:
-        """`steps` steps of plain SGD at `alpha`, on the client's batches; a module that does not survive them stays as it was."""
-        before = weights_of(module)
+        """`steps` steps of plain SGD at `alpha`, on the client's batches, without clipping or accumulating whatever the client
+        trains with; a module that does not survive them (a loss or weights that are not finite) stays as it was."""
+        before, finite = weights_of(module), kept(module)
         tensors = [*module.parameters(), *module.buffers()]
         dtypes = [t.dtype for t in tensors]
 
@@ -112,10 +123,12 @@ class PerFedAvg(FedAvg):
         executor.max_steps, executor.callbacks, executor.lr_decay = self.steps, [], Constant(1.0)
         if isinstance(executor, TrainerLocal):
             executor.validate = False
-            executor.trainer_kwargs = {k: v for k, v in executor.trainer_kwargs.items() if k != "logger"}
+            executor.trainer_kwargs = {k: v for k, v in executor.trainer_kwargs.items() if k not in _NOT_PLAIN}
         object.__setattr__(module, "configure_optimizers", configure_optimizers)
         try:
             executor.fit(module, client.data, round=client.round, num_rounds=client.num_rounds, seed=client.seed)
+            every: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+            check_finite({n: every[n] for n, was in finite.items() if was}, client.id, "adapted model")
             before = {}
         except ClientFailure as error:
             log.warning("Client %d is judged by the global model: %s", client.id, error)

@@ -31,6 +31,7 @@ from torch.optim import Optimizer
 from dynfed_lightning.algorithm import Client, CodecLike, Received, Reply, Server, Update
 from dynfed_lightning.algorithms._local_models import check_finite
 from dynfed_lightning.algorithms.fedavg import FedAvg
+from dynfed_lightning.local import LocalExecutor
 from dynfed_lightning.tensors import Tensors, difference, load_weights, weighted_mean, weights_of
 
 
@@ -76,6 +77,20 @@ class PFedMe(FedAvg):
     def name(self) -> str:
         return "pFedMe"
 
+    def setup(self, server: Server, executor: LocalExecutor) -> None:
+        """See `Algorithm.setup`.
+
+        Raises:
+            ValueError: gradients are accumulated over batches: fewer than K steps would be on one batch.
+        """
+        super().setup(server, executor)
+        batches = getattr(executor, "trainer_kwargs", {}).get("accumulate_grad_batches", 1)
+        if batches != 1:
+            raise ValueError(
+                "Expected `accumulate_grad_batches` to be 1 under PFedMe, which takes K steps on every batch, but got "
+                f"{batches}: take larger batches."
+            )
+
     def client_step(self, client: Client, module: L.LightningModule, received: Received) -> Update:
         """Train theta and w_i; keep the one, upload the update of the other."""
         names = load_weights(module, received.tensors)
@@ -85,7 +100,9 @@ class PFedMe(FedAvg):
         theta = weights_of(module, names)
         check_finite(theta, client.id, "personal model")
         client.state["theta"] = theta
-        return Update(difference({**theta, **steps.w}, received.tensors), scalars=result.scalars())
+        return Update(
+            difference({n: steps.w.get(n, t) for n, t in theta.items()}, received.tensors), scalars=result.scalars()
+        )
 
     def server_step(self, server: Server, replies: Sequence[Reply]) -> None:
         """``w_t+1 = (1 - beta) w_t + (beta / S) sum_i w_i,R`` (line 12)."""
@@ -137,7 +154,10 @@ class MoreauSteps(L.Callback):
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name, p in pl_module.named_parameters():
             if id(p) in stepped and p.grad is not None:
-                p.grad.add_(p - self.w[name], alpha=self.lam)
+                w = self.w.setdefault(
+                    name, p.detach().clone()
+                )  # a callback has thawed it: until now it is as it was sent
+                p.grad.add_(p - w, alpha=self.lam)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

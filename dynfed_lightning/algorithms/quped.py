@@ -65,6 +65,7 @@ from dynfed_lightning.centers import LearnedCenters, choose_layers
 from dynfed_lightning.errors import ClientFailure
 from dynfed_lightning.local import LocalExecutor
 from dynfed_lightning.quantized_file import QuantizedFile, save_quantized
+from dynfed_lightning.quantized_layers import check_stepped
 from dynfed_lightning.schedules import Schedule, as_schedule
 from dynfed_lightning.tensors import Tensors, difference, load_weights, weights_of
 
@@ -104,7 +105,7 @@ class QuPeD(FedAvg):
         center_lr: e2, or a schedule over rounds; None: 1e-4 to 1e-6, geometrically.
         clamp: keeps quantised layers' weights in ``[-clamp, clamp]``; None: does not. Models given as `personal` must begin
             within it.
-        finetune: share of the rounds, at the end, with frozen assignments, in [0, 1].
+        finetune: share of the rounds, at the end, with frozen assignments, in [0, 1]: rounded down, at least one of several.
         alternate: False: all three steps start from the same x and c, at half the cost; see above.
         keep_optimizer: False: the personal model's optimiser starts anew every round like the module's. Learning rates and
             schedulers do so anyway.
@@ -185,8 +186,9 @@ class QuPeD(FedAvg):
         batch = None if server.probe is None else server.probe()
         for k in sorted({*clients, *sorted(kinds.values())[:MOST_CHECKED]}):
             personal = self._start(k, module)
-            Peer(personal, "personal", self.personal_optimizer).optimizers()
-            self._attach(k, personal, None)
+            optimizer, _ = Peer(personal, "personal", self.personal_optimizer).optimizers()
+            centers = self._attach(k, personal, None)
+            check_stepped(centers.names, centers.parameters, [optimizer])
             if batch is not None and any(v != 0 for v in lps):
                 _check_logits(module, personal, batch)
 
@@ -290,7 +292,12 @@ class QuPeD(FedAvg):
         }
         if self.keep_optimizer:  # not its groups: they hold learning rates that a scheduler has lowered
             assert steps.peer.optimizer is not None
-            after["optimizer"] = {"state": on_cpu(steps.peer.optimizer.state_dict()["state"])}
+            optimizer = steps.peer.optimizer
+            # Once their weights are centres, the optimiser steps quantised layers no more.
+            done = {id(p) for p in centers.parameters} if centers.frozen else set()
+            order = [id(p) for g in optimizer.param_groups for p in g["params"]]
+            moments = {i: s for i, s in optimizer.state_dict()["state"].items() if order[i] not in done}
+            after["optimizer"] = {"state": on_cpu(moments)}
         check_finite({n: after[n] for n in ("centers", "optimizer") if n in after}, client.id, "personal model")
         loss = steps.mean("personal_loss")
         if not math.isfinite(loss):
