@@ -132,6 +132,7 @@ template <bool kInput, bool kCenters>
 __global__ void __launch_bounds__(kThreads, 3) soft_quantize_backward(const __grid_constant__ CenterList list) {
   __shared__ Boundaries boundaries;
   __shared__ float sums[kCenters ? kWarps : 1][kMostCenters];
+  __shared__ float steep[kInput ? kGroup8 : 1][kThreads];  // sum_j step_j h_j of each value; there are no registers left for it
   const Place place = place_of(list);
   const CenterItem& item = list.item[place.row];
   const float* centers = list.centers + item.first;
@@ -142,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, 3) soft_quantize_backward(const __gr
     using T = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
     const T* grad = static_cast<const T*>(item.other);
     float v[kGroup8], g[kGroup8];
-    [[maybe_unused]] float dx[kGroup8] = {};
+    [[maybe_unused]] float part[kGroup8] = {};  // of `steep`, since it was last added to
     load8(x + place.at, place.count, is_aligned(x, 16), v);
     load8(grad + place.at, place.count, is_aligned(grad, 16), g);
     // Boundary j of value i: s, e s, and h.
@@ -151,8 +152,18 @@ __global__ void __launch_bounds__(kThreads, 3) soft_quantize_backward(const __gr
       s = inverse_approximate(1.0f + e);
       es = e * s;
       const float h = es * s;
-      if constexpr (kInput) dx[i] = fmaf(boundary.step, h, dx[i]);
+      if constexpr (kInput) part[i] = fmaf(boundary.step, h, part[i]);
       return h;
+    };
+    if constexpr (kInput) {
+#pragma unroll
+      for (int i = 0; i < kGroup8; ++i) steep[i][threadIdx.x] = 0.0f;
+    }
+    const auto add_up = [&] {
+      if constexpr (kInput) {
+#pragma unroll
+        for (int i = 0; i < kGroup8; ++i) steep[i][threadIdx.x] += part[i], part[i] = 0.0f;
+      }
     };
     if constexpr (kCenters) {
       Crossed last;
@@ -184,6 +195,7 @@ __global__ void __launch_bounds__(kThreads, 3) soft_quantize_backward(const __gr
           rise = next.rise;
         }
         keep_sums(sums, j, own);
+        if (j % kTogether == kTogether - 4) add_up();  // after boundary j + 4
       }
     } else {
 #pragma unroll 1
@@ -192,13 +204,14 @@ __global__ void __launch_bounds__(kThreads, 3) soft_quantize_backward(const __gr
         float s, es;
 #pragma unroll
         for (int i = 0; i < kGroup8; ++i) cross(boundary, i, s, es);
+        if (j % kTogether == 0) add_up();
       }
     }
     if constexpr (kInput) {
 #pragma unroll
-      for (int i = 0; i < kGroup8; ++i) dx[i] *= sharpness * g[i];
+      for (int i = 0; i < kGroup8; ++i) part[i] = (steep[i][threadIdx.x] + part[i]) * (sharpness * g[i]);
       T* out = static_cast<T*>(item.out);
-      store8(out + place.at, place.count, is_aligned(out, 16), dx);
+      store8(out + place.at, place.count, is_aligned(out, 16), part);
     }
   });
   if constexpr (kCenters) write_partial(list, place, sums);
