@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import time
@@ -23,6 +25,7 @@ except ImportError:  # Windows: no run can tell whether another one is alive, so
 
 SHARD = 1000  # clients in a folder
 _BOOK = "store.json"
+_NAME = re.compile(r"client-\d+\.v(\d+)\.safetensors")
 
 
 class DiskStore:
@@ -36,12 +39,16 @@ class DiskStore:
     A checkpoint (`state_dict`) holds three numbers for each client: id, version, checksum. So it is small, and consistent: the
     versions it names stay until no checkpoint that Lightning keeps names them. What Lightning's ``ModelCheckpoint`` deletes
     (``save_top_k``) or overwrites (``last.ckpt``) is forgotten here too (`TrackedCheckpoints`), and the versions that were
-    only kept for it are deleted. A checkpoint that is moved, copied or deleted by hand is not noticed, and its versions stay.
+    only kept for it are deleted. So a copy made by hand of a checkpoint that Lightning later overwrites or deletes loses its
+    clients' state, and so does one that is moved while the run goes on: to keep a checkpoint, save it under a name of its own
+    (``save_top_k=-1``, or a `filename` that tells rounds apart), or use ``store="memory"``, whose checkpoints hold everything.
     Checkpoints and this folder belong together: to move one to another machine, move both.
 
     A run that resumes makes a folder of its own, with hard links to the files it starts from (copies where the file system
     has none), so that two runs from one checkpoint do not disturb each other, and the older run's checkpoints stay whole. The
-    older run's folder goes when Lightning has deleted or overwritten the last of its checkpoints.
+    older run's folder goes when Lightning, in runs that go on from it, has deleted or overwritten the last of its checkpoints,
+    unless one of them had been moved away by then. No run removes the folder of a run that it does not go on from while that
+    has checkpoints; once they are gone, it is the user's to remove.
 
     Args:
         folder: where the run's own folder is made, by the first write.
@@ -69,6 +76,9 @@ class DiskStore:
         self._old: list[tuple[int, int, int]] = []  # client, version, the last checkpoint that may name it
         self._alive: set[int] = set()  # numbers of the checkpoints that may still be read
         self._saved: dict[str, int] = {}  # a checkpoint's file -> its number
+        self._marks: dict[str, list[int] | None] = {}  # and its `signature` then
+        self._from: list[str] = []  # the runs that this one goes on from, the nearest first
+        self._taken: set[str] = set()  # their checkpoints' files that were there when this run began
 
     @property
     def path(self) -> Path:
@@ -177,10 +187,22 @@ class DiskStore:
             self._go_back(found)
             return
         self._begin()
+        self._take_over(found.path)
         self._open()
         for k, (file, crc) in found.files.items():
             _link(file, self._place(k, 0))
             self._current[k] = (0, crc)
+
+    def _take_over(self, older: Path) -> None:
+        """Go on from a run in the same folder: what Lightning does to its checkpoints from now on is told to its book."""
+        if older.parent != self.folder:
+            return
+        book = _read_book(older)
+        self._from = [older.name, *(book["from"] if book else [])]
+        for run in self._from:
+            marks = (_read_book(self.folder / run) or {"marks": {}})["marks"]
+            # One that is not there any more was moved away, and still needs its state wherever it lies.
+            self._taken |= {file for file, mark in marks.items() if mark is not None and mark == signature(file)}
 
     def _go_back(self, found: Reference) -> None:
         """To one of this run's own checkpoints."""
@@ -197,7 +219,7 @@ class DiskStore:
         if reference["disk"]["run"] != self.run or number not in self._alive:
             return
         before = self._saved.get(file)
-        self._saved[file] = number
+        self._saved[file], self._marks[file] = number, signature(file)
         self._write_book()
         self._release(before)
         self._forget_elsewhere(file)
@@ -205,6 +227,7 @@ class DiskStore:
     def checkpoint_removed(self, file: str) -> None:
         """No checkpoint of this kind lies in `file` any more."""
         before = self._saved.pop(file, None)
+        self._marks.pop(file, None)
         if before is not None:
             self._release(before)
         else:
@@ -225,8 +248,14 @@ class DiskStore:
         self._old = kept
 
     def _forget_elsewhere(self, file: str) -> None:
-        """A checkpoint of the run that this one goes on from is gone; with its last one its folder goes."""
-        for folder in self._others():
+        """A checkpoint of a run that this one goes on from is gone; with its last one its folder goes.
+
+        Never another run's: that this run overwrote the file does not tell that no copy of it lies elsewhere.
+        """
+        if file not in self._taken:
+            return
+        self._taken.discard(file)
+        for folder in (self.folder / run for run in self._from):
             book = _read_book(folder)
             number = book["saved"].pop(file, None) if book else None
             if book is None or number is None:
@@ -234,7 +263,8 @@ class DiskStore:
             if number not in book["saved"].values():
                 book["alive"] = [n for n in book["alive"] if n != number]
             if book["alive"] or _in_use(folder):
-                write_whole(folder / _BOOK, json.dumps(book).encode())
+                with contextlib.suppress(OSError):  # a folder that is read-only, say: it stays
+                    write_whole(folder / _BOOK, json.dumps(book).encode())
             else:
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -258,7 +288,14 @@ class DiskStore:
         return [f.parent for f in self.folder.glob(f"*/{_BOOK}") if f.parent != self.path]
 
     def _write_book(self) -> None:
-        book = {"run": self.run, "temporary": self.temporary, "alive": sorted(self._alive), "saved": self._saved}
+        book = {
+            "run": self.run,
+            "temporary": self.temporary,
+            "alive": sorted(self._alive),
+            "saved": self._saved,
+            "marks": self._marks,
+            "from": self._from,
+        }
         write_whole(self.path / _BOOK, json.dumps(book).encode())
 
 
@@ -326,6 +363,15 @@ def _bytes(client_id: int, file: Path) -> bytes:
         ) from error
 
 
+def signature(file: str) -> list[int] | None:
+    """What changes with every writing of a file; None where there is none, or nobody can tell."""
+    try:
+        found = os.stat(file)
+    except OSError:
+        return None
+    return [found.st_ino, found.st_mtime_ns, found.st_size]
+
+
 def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
@@ -339,7 +385,14 @@ def _read_book(folder: Path) -> dict[str, Any] | None:
         book = json.loads((folder / _BOOK).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return book if isinstance(book, dict) and {"run", "temporary", "alive", "saved"} <= book.keys() else None
+    if not isinstance(book, dict):
+        return None
+    book = {"from": [], "marks": {}, **book}
+    kinds = {"run": str, "temporary": bool, "alive": list, "saved": dict, "from": list, "marks": dict}
+    whole = all(isinstance(book.get(name), kind) for name, kind in kinds.items())
+    if not whole or not all(isinstance(n, int) for n in (*book["alive"], *book["saved"].values())):
+        return None
+    return book if all(isinstance(run, str) for run in book["from"]) else None
 
 
 def _take_lock(folder: Path) -> Any:
@@ -379,8 +432,10 @@ def _tidy(path: Path, alive: Collection[int] | None) -> None:
     if alive is not None and not alive:
         shutil.rmtree(path, ignore_errors=True)
         return
-    for part in path.glob("*/.*.part"):
-        part.unlink(missing_ok=True)
-    for file in path.glob("*/client-*.safetensors") if alive is not None else ():
-        if int(file.name.split(".")[-2][1:]) > max(alive or ()):  # written after the last checkpoint
-            file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        for part in path.glob("*/.client-*.part"):
+            part.unlink(missing_ok=True)
+        for file in path.glob("*/client-*.safetensors") if alive is not None else ():
+            found = _NAME.fullmatch(file.name)
+            if found and int(found[1]) > max(alive or ()):  # written after the last checkpoint
+                file.unlink(missing_ok=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
 
-from dynfed_lightning.disk_store import DiskStore, Reference
+from dynfed_lightning.disk_store import DiskStore, Reference, signature
 from dynfed_lightning.state_file import State, StateError
 
 __all__ = ["AutoStore", "DiskStore", "MemoryStore", "State", "StateError", "Store", "TrackedCheckpoints", "make_store"]
@@ -212,6 +212,10 @@ def _storages(value: Any) -> Iterator[tuple[int, int]]:
 class TrackedCheckpoints(CheckpointIO):
     """Lightning's way of saving and deleting checkpoints, which also tells a store what has become of them.
 
+    One that wraps another (``AsyncCheckpointIO``) may return before it has written anything, and fail later. Then the store is
+    told of a checkpoint only when its file has been seen to change since, at the next saving to the same name, or when the
+    wrapping one was torn down without an error; until then what the file held before stays whole.
+
     Args:
         inner: what saves and deletes.
         store: whom to tell.
@@ -219,15 +223,23 @@ class TrackedCheckpoints(CheckpointIO):
 
     def __init__(self, inner: CheckpointIO, store: Any) -> None:
         self.inner, self.store = inner, store
+        self._late = hasattr(inner, "checkpoint_io")
+        self._pending: dict[str, deque[Mapping[str, Any]]] = {}  # file -> what is to be written to it, in this order
+        self._marks: dict[str, Any] = {}  # file -> how it looked before the first of these
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Save, then tell."""
+        file = _absolute(path)
+        self._look(file)
+        before = signature(file)
         self.inner.save_checkpoint(checkpoint, path, storage_options)
         states = (checkpoint.get("federation") or {}).get("clients") or {}
-        if "disk" in states:
-            self.store.checkpoint_saved(_absolute(path), states)
-        else:
-            self.store.checkpoint_removed(_absolute(path))  # overwritten by one that refers to nothing
+        if not self._late:
+            self._tell(file, states)
+            return
+        if not self._pending.get(file):
+            self._marks[file] = before
+        self._pending.setdefault(file, deque()).append(states)
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         """As the inner one."""
@@ -235,12 +247,39 @@ class TrackedCheckpoints(CheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         """Delete, then tell."""
+        file = _absolute(path)
+        self._look(file)
         self.inner.remove_checkpoint(path)
-        self.store.checkpoint_removed(_absolute(path))
+        if not self._pending.get(file):  # else it may yet be written
+            self.store.checkpoint_removed(file)
 
     def teardown(self) -> None:
-        """As the inner one."""
-        self.inner.teardown()
+        """As the inner one, which has written everything then, or raises."""
+        try:
+            self.inner.teardown()
+        except BaseException:
+            for file in list(self._pending):
+                self._look(file)
+            raise
+        for file, waiting in self._pending.items():
+            while waiting:
+                self._tell(file, waiting.popleft())
+            if "://" not in file and not os.path.exists(file):
+                self.store.checkpoint_removed(file)
+        self._pending.clear()
+
+    def _look(self, file: str) -> None:
+        """Tell of the first that waits if the file has changed: they are written one after the other."""
+        waiting, now = self._pending.get(file), signature(file)
+        if waiting and now is not None and now != self._marks[file]:
+            self._marks[file] = now
+            self._tell(file, waiting.popleft())
+
+    def _tell(self, file: str, states: Mapping[str, Any]) -> None:
+        if "disk" in states:
+            self.store.checkpoint_saved(file, states)
+        else:
+            self.store.checkpoint_removed(file)  # overwritten by one that refers to nothing
 
 
 def _absolute(path: Any) -> str:

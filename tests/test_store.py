@@ -458,29 +458,38 @@ def test_an_older_runs_folder_goes_with_its_last_checkpoint(tmp_path: Path) -> N
     first = DiskStore(tmp_path)
     first.write(0, state(0))
     references = [first.state_dict(), first.state_dict()]
-    for file, reference in zip("ab", references, strict=True):
+    a, b = (str(tmp_path / name) for name in ("a.ckpt", "b.ckpt"))
+    for file, reference in zip((a, b), references, strict=True):
+        Path(file).touch()
         first.checkpoint_saved(file, reference)
     old = first.path
     second = DiskStore(tmp_path)
     second.load_state_dict(references[1])
-    second.checkpoint_removed("a")
+    second.checkpoint_removed(a)
     assert old.is_dir()  # b is still there
-    second.checkpoint_removed("b")
+    second.checkpoint_removed(b)
     assert old.is_dir() and same(first.read(0), state(0))  # the first store is still open
     book = json.loads((old / "store.json").read_text())
     assert book["saved"] == {} and book["alive"] == []
     del first
     gc.collect()
-    third = DiskStore(tmp_path)
-    third.write(0, state(1))
-    reference = third.state_dict()
-    third.checkpoint_saved("c", reference)
-    folder = third.path
-    del third
+    other = DiskStore(tmp_path)
+    other.write(0, state(1))
+    reference = other.state_dict()
+    Path(a).touch()
+    other.checkpoint_saved(a, reference)
+    folder = other.path
+    del other
     gc.collect()
+    second.checkpoint_saved(a, second.state_dict())  # overwrites that of a run it does not go on from
     assert folder.is_dir()
-    second.checkpoint_saved("c", second.state_dict())  # overwrites the other run's
-    assert not folder.is_dir()
+    third, fourth = DiskStore(tmp_path), DiskStore(tmp_path)
+    third.load_state_dict(reference)
+    between = third.state_dict()
+    third.checkpoint_saved(b, between)
+    fourth.load_state_dict(between)
+    fourth.checkpoint_removed(a)  # of the run that the one before it went on from
+    assert not folder.is_dir() and same(fourth.read(0), state(1))
 
 
 def test_temporary_files_go_with_the_run(tmp_path: Path) -> None:
@@ -523,6 +532,34 @@ def test_what_a_killed_process_left_is_cleaned_up(tmp_path: Path) -> None:
     another.write(0, state(0))
     assert len(files(tmp_path)) == 3  # the temporary one of the dead process is gone; that of the living is not
     assert same(living.read(0), state(0))
+
+
+@pytest.mark.parametrize(
+    "book",
+    [
+        {"saved": []},
+        {"alive": ["x"]},
+        {"alive": 3},
+        {"saved": {"a": "b"}},
+        {"from": 1},
+        {"marks": []},
+        {"run": None},
+        {},
+    ],
+    ids=str,
+)
+def test_strange_things_beside_disturb_nobody(tmp_path: Path, book: dict[str, Any]) -> None:
+    """Another run's folder, with a stray file and a book that is not whole."""
+    other = tmp_path / "other" / "000000"
+    other.mkdir(parents=True)
+    (other / "client-notes.safetensors").write_text("mine")
+    whole = {"run": "other", "temporary": True, "alive": [1], "saved": {}}
+    (tmp_path / "other" / "store.json").write_text(json.dumps({**whole, **book}))
+    store = DiskStore(tmp_path)
+    store.write(0, state(0))
+    store.checkpoint_saved("x", store.state_dict())
+    store.checkpoint_removed("x")
+    assert same(store.read(0), state(0)) and (other / "client-notes.safetensors").read_text() == "mine"
 
 
 # ------------------------------------------------------- memory, then disk

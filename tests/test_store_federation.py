@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from test_store import files, same
 from toys import NormNet, assert_same, client_module, data_module, outer, run, skewed, weights
 
@@ -279,3 +280,63 @@ def test_from_a_configuration(tmp_path: Path, tiny: Any) -> None:
 def test_wrong_arguments(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         Federation(client_module(), **wrong)
+
+
+@pytest.mark.parametrize("options", [{"store_limit": 0}, {"store": "folder"}], ids=str)
+def test_a_checkpoint_moved_away_keeps_its_state(tmp_path: Path, options: dict[str, Any]) -> None:
+    """A finished run's, when the same script runs again, and when a run goes on from it under the old names."""
+    options = {k: tmp_path / str(v) if k == "store" else v for k, v in options.items()}
+
+    def script(rounds: int, **kwargs: Any) -> Federation:
+        federation, data = fresh(**options)
+        keep = ModelCheckpoint(tmp_path / "c", "last", enable_version_counter=False)
+        root = {"default_root_dir": tmp_path, "enable_checkpointing": True}
+        run(federation, data, rounds, callbacks=[keep], **root, **kwargs)
+        return federation
+
+    truth = weights(script(4))
+    script(3)
+    gc.collect()
+    shutil.move(tmp_path / "c" / "last.ckpt", tmp_path / "moved.ckpt")
+    script(3)
+    for _ in range(2):
+        gc.collect()
+        assert_same(weights(script(4, ckpt_path=tmp_path / "moved.ckpt")), truth)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "in a thread"])
+@pytest.mark.parametrize("good", [2, 3])
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool, good: int
+) -> None:
+    """Also where the plugin says that it is written long before it is."""
+    saved: list[int] = []
+
+    class Full(TorchCheckpointIO):
+        def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+            saved.append(checkpoint["epoch"])
+            if late:
+                time.sleep(0.3)  # longer than a round: several wait to be written
+            if len(saved) > good:
+                raise OSError(28, "No space left on device")
+            super().save_checkpoint(checkpoint, path, storage_options)
+
+    federation, data = fresh(store=tmp_path / "s")
+    keep = ModelCheckpoint(tmp_path / "c", "last", enable_version_counter=False)
+    io = AsyncCheckpointIO(Full()) if late else Full()
+    with pytest.raises(OSError, match="No space left"):
+        run(federation, data, 6, callbacks=[keep], enable_checkpointing=True, plugins=[io])
+    path = tmp_path / "c" / "last.ckpt"
+    assert torch.load(path, weights_only=True)["epoch"] == good - 1
+    straight, data = fresh()
+    run(straight, data, rounds=6)
+    resumed, data = fresh(store=tmp_path / "s")
+    run(resumed, data, rounds=6, ckpt_path=path)
+    assert_same(weights(resumed), weights(straight))
+
+
+def test_a_checkpoint_written_in_a_thread_releases_the_one_before(tmp_path: Path) -> None:
+    federation, data = fresh(store=tmp_path / "s")
+    keep = ModelCheckpoint(tmp_path / "c", "last", enable_version_counter=False)
+    run(federation, data, 8, callbacks=[keep], enable_checkpointing=True, plugins=[AsyncCheckpointIO()])
+    assert len(files(tmp_path / "s")) == 6 == len(federation.store)
