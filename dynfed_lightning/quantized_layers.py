@@ -95,6 +95,8 @@ def choose_layers(module: nn.Module, bits: Bits, ends: bool = False) -> dict[str
             if not any(fnmatchcase(n, pattern) for n in names):
                 kept = [n for n in found if n not in names and fnmatchcase(n, pattern)]
                 advice = f" ({kept[0]!r} is first or last: ends=True)" if kept else ""
+                if any(fnmatchcase(n, pattern) for n in every if n not in found):
+                    advice = " (embeddings with `padding_idx`, `sparse` or `max_norm` stay float)"
                 raise ValueError(
                     f"Expected the pattern {pattern!r} of `bits` to match a layer, but there are {names}{advice}."
                 )

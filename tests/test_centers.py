@@ -72,6 +72,8 @@ def test_embeddings_that_would_not_stay_among_their_centres() -> None:
                 "2.weight",
             ]
     assert list(choose_layers(nn.ModuleList([nn.Linear(4, 4), nn.Embedding(5, 4), nn.Linear(4, 2)]), 2)) == ["1.weight"]
+    with pytest.raises(ValueError, match=r"'1.\*' of `bits` to match a layer, .* \(embeddings with `padding_idx`"):
+        choose_layers(model, {"1.*": 2})
     tied = nn.ModuleList([nn.Linear(4, 4), nn.Embedding(5, 4, padding_idx=0), nn.Linear(4, 5), nn.Linear(5, 2)])
     tied[2].weight = tied[1].weight
     assert list(candidates(tied)) == ["0.weight", "3.weight"]
