@@ -319,7 +319,7 @@ def _inspect(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def describe(path: Path) -> str:
-    """A payload as `codec.inspect` shows it, a packed model layer by layer; any other safetensors file as names, shapes and sizes.
+    """A payload as `codec.inspect` shows it, a packed model by layer; any other safetensors file as names, shapes and sizes.
 
     Raises:
         FileNotFoundError: no such file.
