@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import lightning as L
@@ -115,11 +115,19 @@ class ClientRuntime:
         self._staged[message.client_id] = state
         return reply
 
-    def settle(self, client_id: int, accepted: bool) -> None:
-        """Keep what the client made of its round, or forget it: both sides must remember the same rounds.
+    def settle(self, accepted: Mapping[int, bool]) -> None:
+        """Keep what clients made of their round, or forget it: both sides must remember the same rounds.
 
         Residuals, control variates and references of a reply that never arrived would otherwise drift from the server's.
+
+        Args:
+            accepted: client -> whether its reply became part of the round. All their states are kept, or, where the store has
+                ``write_all`` and raises, none.
         """
-        state = self._staged.pop(client_id, None)
-        if accepted and state is not None:
-            self.store.write(client_id, state)
+        states, self._staged = self._staged, {}
+        kept = {k: states[k] for k, yes in accepted.items() if yes and k in states}
+        if hasattr(self.store, "write_all"):
+            self.store.write_all(kept)
+            return
+        for k, state in kept.items():
+            self.store.write(k, state)

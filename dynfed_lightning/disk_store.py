@@ -31,9 +31,9 @@ _NAME = re.compile(r"client-\d+\.v(\d+)\.safetensors")
 class DiskStore:
     """Client state in files; in memory only which version of each client is the current one.
 
-    ``folder/<run>/000012/client-000012345.v000003.safetensors`` is client 12345 as it was last written between the second
-    checkpoint and the third. Files are written whole (a temporary file, flushed, renamed), never changed, and checked when they
-    are read: after a crash at any moment a client has its old or its new state. Any safetensors reader opens them;
+    ``folder/<run>/000012/client-000012345.v000003.safetensors`` is client 12345 as it was written after the checkpoint
+    numbered 2. Files are written whole (a temporary file, flushed, renamed), never changed, and checked when
+    they are read: after a crash at any moment a client has its old or its new state. Any safetensors reader opens them;
     `state_file` says how they are laid out. Tensors come back contiguous and on the CPU.
 
     A checkpoint (`state_dict`) holds three numbers for each client: id, version, checksum. So it is small, and consistent: the
@@ -122,18 +122,41 @@ class DiskStore:
             TypeError: it holds something that is no tensor, number, string, list or dict.
             OSError: the file cannot be written; the client then has its old state.
         """
-        if client_id < 0:
-            raise ValueError(f"Expected a client's id to be at least 0, but got {client_id}.")
-        before = self._current.get(client_id)
-        if state:
-            data, crc = to_bytes(client_id, state)
-            self._open()
-            write_whole(self._place(client_id, self._version), data)
-            self._current[client_id] = (self._version, crc)
-        else:
-            self._current.pop(client_id, None)
-        if before is not None and (before[0] != self._version or not state):
-            self._drop(client_id, before[0])
+        self.write_all({client_id: state})
+
+    def write_all(self, states: Mapping[int, State]) -> None:
+        """Replace several clients' states, or none if that fails.
+
+        Raises:
+            TypeError: one holds something that is no tensor, number, string, list or dict.
+            OSError: a file cannot be written; every client then has its old state.
+        """
+        for k in states:
+            if k < 0:
+                raise ValueError(f"Expected a client's id to be at least 0, but got {k}.")
+        if len(states) > 1 and any(self._current.get(k, (0, 0))[0] == self._version for k in states):
+            self._version += 1  # files beside those of now, which stay until all are written
+        before, now = self._current, dict(self._current)
+        written = []
+        try:
+            for k, state in states.items():
+                now.pop(k, None)
+                if state:
+                    data, crc = to_bytes(k, state)
+                    self._open()
+                    file = self._place(k, self._version)
+                    write_whole(file, data)
+                    written.append(file)
+                    now[k] = (self._version, crc)
+        except BaseException:
+            if len(states) > 1:
+                for file in written:
+                    file.unlink(missing_ok=True)
+            raise
+        self._current = now
+        for k in states:
+            if k in before and before[k][0] != now.get(k, (-1, 0))[0]:
+                self._drop(k, before[k][0])
 
     def __len__(self) -> int:
         return len(self._current)
@@ -152,7 +175,8 @@ class DiskStore:
         if any(version <= number <= last for number in self._alive):
             self._old.append((client_id, version, last))
         else:
-            _file(self.path, client_id, version).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                _file(self.path, client_id, version).unlink(missing_ok=True)
 
     # --------------------------------------------------------------- checkpoints
 

@@ -30,7 +30,7 @@ from dynfed_lightning.local import LocalExecutor, as_executor
 from dynfed_lightning.message import Message
 from dynfed_lightning.outer import federated_data
 from dynfed_lightning.records import ClientRecord, RoundRecord, mean_loss, mean_rank, planned_rounds, round_failure
-from dynfed_lightning.replies import receive
+from dynfed_lightning.replies import RoundStart, receive
 from dynfed_lightning.seeds import derive_seed
 from dynfed_lightning.store import MemoryStore, Store, check_store, make_store, track_checkpoints
 from dynfed_lightning.tensors import travelling
@@ -53,8 +53,9 @@ class Federation(L.LightningModule):
         num_classes: C; default: the data module's. 0 for a task that is no classification: then only what the module's own
             ``validation_step`` logs is reported.
         evaluate_on: ``"whole"``: models are judged on the whole test set; ``"own"``: the clients' own models of a personalised
-            method only on their own test distributions, which saves judging rows of classes that a client does not have;
-            ``"both"``. A global model is judged on the whole test set anyway.
+            method only on their own test distributions, which saves judging rows of classes that a client does not have.
+            There is no ``accuracy`` and no ``test_loss`` of such a method then: monitor ``own_accuracy``. ``"both"``. A global
+            model is judged on the whole test set anyway.
         evaluate_clients: judge so many clients, always the same ones, drawn with the seed; None: all.
         store: where what clients remember lies between rounds. None: in memory while it is small, and past `store_limit` in
             files under ``client_state`` in the Trainer's ``default_root_dir``, which go with the run unless a checkpoint refers
@@ -136,6 +137,7 @@ class Federation(L.LightningModule):
         self.total_bytes_up = 0
         self.total_bytes_down = 0
         self._loaded: dict[str, Any] | None = None
+        self._halfway = False  # in a round, between the clients' memory and the server's step
 
     # ------------------------------------------------------------------ set-up
 
@@ -147,6 +149,7 @@ class Federation(L.LightningModule):
             codec.check_rounds(num_rounds)
         # A fit that starts at round 1 starts anew; a longer second fit, or a test in between, goes on with what there is.
         fresh = self.server is None or (stage == "fit" and self.trainer.current_epoch == 0)
+        self._halfway = False
         if fresh:
             self.store = make_store(*self._store_options, self.trainer.default_root_dir)
             self.last_round, self.own_accuracy = None, {}
@@ -225,20 +228,34 @@ class Federation(L.LightningModule):
         assert not isinstance(optimizer, list)
         optimizer.zero_grad()
 
-        requests = self._requests(server)
-        outcomes = transport.exchange(requests)
-        records, replies = receive(self.algorithm, self.runtime.uplink_schema, server, requests, outcomes)
-        enough = len(replies) >= self.min_clients
-        for record in records:
-            accepted = enough and record.status == "ok"
-            transport.settle(record.client, accepted)
-            self._sender.confirm(record.client, received=accepted)
-        if not enough:
-            raise round_failure(server.round, len(requests), self.min_clients, records, outcomes)
-        self.algorithm.server_step(server, replies)
+        before = RoundStart(server, self._sender)
+        try:
+            requests = self._requests(server)
+            outcomes = transport.exchange(requests)
+            records, replies = receive(self.algorithm, self.runtime.uplink_schema, server, requests, outcomes)
+            accepted = {r.client: r.status == "ok" for r in records}
+            if len(replies) < self.min_clients:
+                transport.settle(dict.fromkeys(accepted, False))
+                raise round_failure(server.round, len(requests), self.min_clients, records, outcomes)
+            for client, received in accepted.items():
+                self._sender.confirm(client, received)
+            self.algorithm.server_step(server, replies)
+        except BaseException:
+            self._sender = before.restore(server)
+            raise
+        # From here on clients may be a round ahead of the server: a checkpoint that an exception saves would be of no round.
+        self._halfway = True
+        try:
+            transport.settle(accepted)
+        except Exception:
+            if hasattr(self.store, "write_all"):  # then they are not
+                self._sender = before.restore(server)
+                self._halfway = False
+            raise
         optimizer.step()  # exactly one a round: Lightning counts it as the global step
         optimizer.zero_grad()
         self._record(server, records, time.perf_counter() - start)
+        self._halfway = False
 
     def _requests(self, server: Server) -> list[tuple[int, bytes]]:
         broadcast = self.algorithm.broadcast(server)
@@ -315,12 +332,13 @@ class Federation(L.LightningModule):
         if not self.algorithm.personalised:
             self._judge.start_global(self.module)
             return
-        weights = server.weights()
+        # Evaluation runs in inference mode, whose tensors could not be trained.
+        with torch.inference_mode(False):
+            weights = server.weights()
 
         def make(k: int) -> L.LightningModule:
-            state = self.store.read(k)
-            # Evaluation runs in inference mode, whose tensors could not be trained.
             with torch.inference_mode(False):
+                state = self.store.read(k)
                 model = self.algorithm.personal_model(state, server.new_module(), weights, client_id=k)
                 if self.algorithm.adapts:
                     self.algorithm.adapt(self._client(server, k, state), model)
@@ -374,12 +392,15 @@ class Federation(L.LightningModule):
             "total_bytes_down": self.total_bytes_down,
             "last_round": None if self.last_round is None else asdict(self.last_round),
         }
+        if self._halfway:
+            checkpoint["federation"]["halfway"] = server.round + 1
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up what `on_save_checkpoint` gave.
 
         Raises:
-            ValueError: the checkpoint is no federation's, or another algorithm's or seed's, or of other initial teachers.
+            ValueError: the checkpoint is no federation's, or another algorithm's or seed's, or of other initial teachers, or
+                was saved on an exception in the midst of a round's end.
         """
         saved = checkpoint.get("federation")
         if saved is None:
@@ -391,6 +412,11 @@ class Federation(L.LightningModule):
 
     def _restore(self, saved: dict[str, Any]) -> None:
         server, _ = self._ready()
+        if "halfway" in saved:
+            raise ValueError(
+                f"Expected a checkpoint of whole rounds, but it was saved when round {saved['halfway']} failed half-way: its "
+                "clients are ahead of its server. Resume from an earlier one."
+            )
         mine = self._identity()
         for name, value in mine.items():
             theirs = saved.get(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 
 from dynfed_lightning.algorithm import Algorithm, Reply, Server, finite_number
+from dynfed_lightning.downlink import DownlinkSender
 from dynfed_lightning.errors import ClientFailure, PayloadError
 from dynfed_lightning.message import Message
 from dynfed_lightning.records import ClientRecord, mean_bits, mean_rank
@@ -94,3 +96,22 @@ def decode(algorithm: Algorithm, schema: Schema, server: Server, client_id: int,
     )
     algorithm.check_reply(server, reply)
     return reply
+
+
+class RoundStart:
+    """What a round changes before the clients' memory, as it was: a round that fails until then has not begun.
+
+    So a checkpoint that is saved on the exception resumes as if the run had been stopped before the round.
+    """
+
+    def __init__(self, server: Server, sender: DownlinkSender) -> None:
+        self._state = copy.deepcopy(server.state)
+        self._sender = copy.copy(sender)
+        self._sender.__dict__ |= {n: dict(v) for n, v in vars(sender).items() if isinstance(v, dict)}
+        self._weights = {n: t.detach().clone() for n, t in server.module.state_dict().items()}
+
+    def restore(self, server: Server) -> DownlinkSender:
+        """Put it back; returns the sender as it was."""
+        server.state = self._state
+        server.module.load_state_dict(self._weights)
+        return self._sender

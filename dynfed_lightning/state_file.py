@@ -120,6 +120,15 @@ def _place(data: bytes | bytearray) -> int:
     return start + len(_BEFORE)
 
 
+def check_state(state: State) -> None:
+    """Refuse what `to_bytes` cannot store, without reading any tensor.
+
+    Raises:
+        TypeError: as `to_bytes`.
+    """
+    _Checker().node(state, "")
+
+
 class _Writer:
     """Takes a state apart: tensors by number, the rest as JSON."""
 
@@ -154,9 +163,12 @@ class _Writer:
             f"but `{where.removeprefix('.')}` is a {type(value).__name__}."
         )
 
-    def _tensor(self, tensor: Tensor, where: str) -> dict[str, Any]:
+    def _check(self, tensor: Tensor, where: str) -> None:
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
             raise self._refuse(tensor, where)
+
+    def _tensor(self, tensor: Tensor, where: str) -> dict[str, Any]:
+        self._check(tensor, where)
         t = tensor.detach()
         key = (t.device, t.data_ptr(), t.dtype, tuple(t.shape), t.stride(), t.is_conj(), t.is_neg())
         number = self._numbers.get(key) if t.numel() else None
@@ -172,6 +184,14 @@ class _Writer:
         if t.dtype in _PLAIN:
             return {"x": number}
         return {"x": number, "dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)}
+
+
+class _Checker(_Writer):
+    """Looks at what a `_Writer` would take apart."""
+
+    def _tensor(self, tensor: Tensor, where: str) -> dict[str, Any]:
+        self._check(tensor, where)
+        return {}
 
 
 def _read(node: Any, tensors: dict[str, Tensor]) -> Any:

@@ -14,7 +14,7 @@ from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
 
 from dynfed_lightning.disk_store import DiskStore, Reference, signature
-from dynfed_lightning.state_file import State, StateError
+from dynfed_lightning.state_file import State, StateError, check_state
 
 __all__ = ["AutoStore", "DiskStore", "MemoryStore", "State", "StateError", "Store", "TrackedCheckpoints", "make_store"]
 
@@ -28,6 +28,8 @@ class Store(Protocol):
     A client works on a copy (`read`) that replaces the stored state only when its round is over (`write`), so a round that
     fails half-way leaves nothing behind. A store that puts state where a checkpoint refers to it may have
     ``checkpoint_saved(file, state_dict)`` and ``checkpoint_removed(file)``, which are called for Lightning's checkpoints.
+    One whose ``write`` can fail may have ``write_all(states: Mapping[int, State])``, which replaces all of a round's clients'
+    states or, when it raises, none; without it a checkpoint saved on such an exception is refused.
     """
 
     def read(self, client_id: int) -> State:
@@ -72,6 +74,11 @@ class MemoryStore:
             self._states[client_id] = state
         else:
             self._states.pop(client_id, None)
+
+    def write_all(self, states: Mapping[int, State]) -> None:
+        """Replace several clients' states."""
+        for k, state in states.items():
+            self.write(k, state)
 
     def __len__(self) -> int:
         return len(self._states)
@@ -131,11 +138,28 @@ class AutoStore:
 
     def write(self, client_id: int, state: State) -> None:
         """Replace a client's state; the one that makes the limit pass takes all others to the disk with it."""
+        self.write_all({client_id: state})
+
+    def write_all(self, states: Mapping[int, State]) -> None:
+        """Replace several clients' states, or none if that fails; see `write`.
+
+        Raises:
+            TypeError: one holds something that could not lie on disk, wherever it lies now.
+            OSError: a file cannot be written.
+        """
         if isinstance(self._store, MemoryStore):
-            self._count(client_id, state)
+            for state in states.values():
+                check_state(state)
+            for k, state in states.items():
+                self._count(k, state)
             if self.num_bytes > self.limit:
-                self._move()
-        self._store.write(client_id, state)
+                try:
+                    self._move()
+                except BaseException:
+                    for k in states:
+                        self._count(k, self._store.read(k))
+                    raise
+        self._store.write_all(states)
 
     def _count(self, client_id: int, state: State) -> None:
         for address, size in self._storages.pop(client_id, {}).items():

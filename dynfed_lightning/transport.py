@@ -6,11 +6,12 @@ The same function serves clients in this process, on other ranks and behind a ne
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from dynfed_lightning.errors import ClientFailure, PayloadError
+from dynfed_lightning.state_file import StateError
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +39,15 @@ class Transport(Protocol):
     def exchange(self, requests: Sequence[tuple[int, bytes]]) -> list[Outcome]:
         """Deliver ``(client_id, request)`` pairs; one outcome each, in the order of the requests.
 
-        A client that crashes gives an outcome with a reason; it never raises.
+        A client that crashes gives an outcome with a reason; it never raises, but for what the server itself has lost.
+
+        Raises:
+            StateError: what a client remembers cannot be read.
         """
         ...
 
-    def settle(self, client_id: int, accepted: bool) -> None:
-        """Tell a client whether its reply became part of the round; only then does what it remembers change."""
+    def settle(self, accepted: Mapping[int, bool]) -> None:
+        """Tell clients whether their reply became part of the round; only then does what they remember change."""
         ...
 
 
@@ -58,7 +62,7 @@ class InProcessTransport:
     def __init__(
         self,
         run_client: Callable[[bytes], bytes],
-        settle: Callable[[int, bool], None] = lambda client_id, accepted: None,
+        settle: Callable[[Mapping[int, bool]], None] = lambda accepted: None,
     ) -> None:
         self.run_client = run_client
         self._settle = settle
@@ -73,11 +77,13 @@ class InProcessTransport:
                 outcomes.append(Outcome(client_id, reason=error.reason, error=error))
             except PayloadError as error:
                 outcomes.append(Outcome(client_id, reason="payload", error=error))
+            except StateError:
+                raise  # what clients remember lies with the server here: its loss is no client's failure
             except Exception as error:
                 log.warning("Client %d crashed: %s: %s", client_id, type(error).__name__, error)
                 outcomes.append(Outcome(client_id, reason="crash", error=error))
         return outcomes
 
-    def settle(self, client_id: int, accepted: bool) -> None:
+    def settle(self, accepted: Mapping[int, bool]) -> None:
         """See `Transport.settle`."""
-        self._settle(client_id, accepted)
+        self._settle(accepted)

@@ -17,7 +17,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from dynfed_lightning import state_file
+from dynfed_lightning import disk_store, state_file
 from dynfed_lightning.disk_store import DiskStore
 from dynfed_lightning.state_file import StateError, from_bytes, to_bytes
 from dynfed_lightning.store import AutoStore, MemoryStore, Store, check_store, make_store, parse_bytes
@@ -312,7 +312,7 @@ import os, sys
 from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[2])
-from dynfed_lightning import state_file
+from dynfed_lightning import disk_store, state_file
 from dynfed_lightning.disk_store import DiskStore
 
 def run(folder, moment):
@@ -630,3 +630,37 @@ def test_choices(tmp_path: Path) -> None:
             check_store(wrong, 0)
     with pytest.raises(ValueError, match="Expected `store` to be 'memory'"):
         check_store("", 0)
+
+
+@pytest.mark.parametrize("wrong", [b"x", {1}, object(), torch.eye(2).to_sparse()], ids=lambda w: type(w).__name__)
+def test_what_could_not_move_to_disk_is_refused_at_once(tmp_path: Path, wrong: Any) -> None:
+    store = AutoStore(tmp_path, 1 << 30)
+    store.write(0, state(0))
+    with pytest.raises(TypeError, match="Expected a client's state to hold dense tensors, .*but `a.0` is a"):
+        store.write_all({0: state(1), 1: {"a": [wrong]}})
+    assert list(store) == [0] and same(store.read(0), state(0))
+
+
+@pytest.mark.parametrize(
+    "make", [DiskStore, lambda folder: AutoStore(folder, 0), lambda folder: AutoStore(folder, 500)]
+)
+def test_all_of_a_rounds_clients_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
+    store = make(tmp_path)
+    for k in range(3):
+        store.write(k, state(k))
+    before, size = files(tmp_path), store.num_bytes
+    real = disk_store.write_whole
+
+    def full(path: Path, data: bytes) -> None:
+        if path.name.startswith("client-000002"):
+            raise OSError(28, "No space left on device")
+        real(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk_store, "write_whole", full)
+        with pytest.raises(OSError, match="No space left"):
+            store.write_all({0: state(7), 1: {}, 2: state(8, size=100), 3: state(9)})
+    assert list(store) == [0, 1, 2] and all(same(store.read(k), state(k)) for k in range(3))
+    assert store.num_bytes == size and (not before or files(tmp_path) == before)
+    store.write_all({0: state(7), 1: {}, 2: state(8, size=100), 3: state(9)})
+    assert list(store) == [0, 2, 3] and same(store.read(0), state(7)) and len(files(tmp_path)) == 3

@@ -12,12 +12,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from test_store import files, same
 from toys import NormNet, assert_same, client_module, data_module, outer, run, skewed, weights
 
-from dynfed_lightning import ClientModule, FedAvg, FederatedDataModule, Federation, Local, Scaffold
+from dynfed_lightning import ClientModule, FedAvg, FederatedDataModule, Federation, Local, Scaffold, disk_store
 from dynfed_lightning.state_file import StateError
 from dynfed_lightning.store import AutoStore, DiskStore, MemoryStore, TrackedCheckpoints
 
@@ -246,7 +246,7 @@ def test_a_round_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
     federation = Federation(client_module(), Refused(), local="loop", store=tmp_path)
     run(federation, data_module(4), rounds=2)
-    assert list(federation.store) == [0, 1, 3] and not [f for f in files(tmp_path) if "000002" in f]
+    assert list(federation.store) == [0, 1, 3] and not [f for f in files(tmp_path) if "client-000002" in f]
 
 
 def test_from_a_configuration(tmp_path: Path, tiny: Any) -> None:
@@ -340,3 +340,126 @@ def test_a_checkpoint_written_in_a_thread_releases_the_one_before(tmp_path: Path
     keep = ModelCheckpoint(tmp_path / "c", "last", enable_version_counter=False)
     run(federation, data, 8, callbacks=[keep], enable_checkpointing=True, plugins=[AsyncCheckpointIO()])
     assert len(files(tmp_path / "s")) == 6 == len(federation.store)
+
+
+class Fails(Scaffold):
+    """Whose server fails once, in the third round: before its step, after it, or when it is interrupted."""
+
+    def __init__(self, moment: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.moment = moment
+
+    def server_step(self, server: Any, replies: Any) -> None:
+        if server.round == 2 and self.moment == "before":
+            raise ValueError("server step")
+        super().server_step(server, replies)
+        if server.round == 2 and self.moment == "after":
+            with torch.no_grad():
+                next(server.module.parameters()).add_(1)
+            raise KeyboardInterrupt
+
+
+Fails.__name__ = "Scaffold"
+
+
+@pytest.mark.filterwarnings("ignore:.*Detected KeyboardInterrupt")
+@pytest.mark.filterwarnings("ignore:.*was called without a model", "ignore:.*there is no last checkpoint available")
+@pytest.mark.parametrize(
+    ("moment", "options", "codecs"),
+    [
+        ("before", {"store": "memory"}, {}),
+        ("before", {"store": "s"}, {"downlink": 4}),
+        ("after", {"store": "memory"}, {"downlink": 4}),
+        ("disk full", {"store": "s"}, {"downlink": 4}),
+        ("disk full", {"store_limit": 0}, {}),
+        ("failed round", {"store": "memory"}, {"downlink": 4}),
+        ("optimizer", {"store": "memory"}, {}),
+    ],
+    ids=str,
+)
+def test_a_round_that_fails_has_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], moment: str, codecs: dict[str, Any]
+) -> None:
+    """A checkpoint saved on the exception resumes to the bits of a run that nothing happened to, or is refused."""
+    options = {k: tmp_path / v if v == "s" else v for k, v in options.items()}
+    real, count = disk_store.write_whole, 0
+
+    def full(path: Path, data: bytes) -> None:
+        nonlocal count
+        if "client-" in path.name:
+            count += 1
+            if moment == "disk full" and count == 3 * 2 + 2:  # the second client of the third round
+                raise OSError(28, "No space left on device")
+        real(path, data)
+
+    class Stops(torch.optim.SGD):
+        steps = 0
+
+        def step(self, closure: Any = None) -> Any:
+            Stops.steps += 1
+            if moment == "optimizer" and Stops.steps == 3:
+                raise ValueError("optimizer")
+            return super().step(closure)
+
+    algorithm = Fails(moment, **codecs)
+    federation, data = fresh(algorithm, server_optimizer=lambda p: Stops(p, lr=1.0), **options)
+    if moment == "failed round":
+
+        class Refuses(L.Callback):
+            def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+                if trainer.current_epoch == 2:
+                    federation.min_clients = 7
+
+        refuses: list[L.Callback] = [Refuses()]
+    else:
+        refuses = []
+    keep = OnExceptionCheckpoint(tmp_path / "c", "x")
+    with monkeypatch.context() as patch:
+        patch.setattr(disk_store, "write_whole", full)
+        try:
+            run(federation, data, 5, callbacks=[keep, *refuses], enable_checkpointing=True, default_root_dir=tmp_path)
+        except BaseException as error:
+            assert (tmp_path / "c").is_dir(), repr(error)
+        else:
+            pytest.fail("nothing failed")
+    (path,) = (tmp_path / "c").iterdir()
+    straight, data = fresh(Scaffold(**codecs))
+    run(straight, data, rounds=5)
+    resumed, data = fresh(Scaffold(**codecs))
+    if moment == "optimizer":
+        with pytest.raises(ValueError, match="saved when round 3 failed half-way: its clients are ahead of its server"):
+            run(resumed, data, rounds=5, ckpt_path=path, default_root_dir=tmp_path)
+        return
+    run(resumed, data, rounds=5, ckpt_path=path, default_root_dir=tmp_path)
+    assert_same(weights(resumed), weights(straight))
+    assert same(states(resumed), states(straight))
+
+
+def test_state_that_is_lost_in_mid_run_is_no_crash_of_a_client(tmp_path: Path) -> None:
+    class Cut(L.Callback):
+        def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+            if trainer.current_epoch == 2:
+                file = pl_module.store.file(1)
+                file.write_bytes(file.read_bytes()[:-3])
+
+    federation = Federation(client_module(), Local(), local="loop", store=tmp_path)
+    with pytest.raises(StateError, match="hold the state of client 1, but it is damaged"):
+        run(federation, data_module(4), rounds=4, callbacks=[Cut()], limit_val_batches=0)
+
+
+def test_state_read_in_an_evaluation_can_be_trained_with(tmp_path: Path) -> None:
+    class Adapts(Local):
+        adapts = True
+        seen = 0
+
+        def adapt(self, client: Any, module: L.LightningModule) -> None:
+            with torch.enable_grad():
+                for name, p in module.named_parameters():
+                    if name in client.state.get("weights", {}):
+                        self.seen += 1
+                        (p * client.state["weights"][name]).sum().backward()
+
+    algorithm = Adapts()
+    federation, data = fresh(algorithm, store=tmp_path)
+    run(federation, data, rounds=2)
+    assert algorithm.seen
