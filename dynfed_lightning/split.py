@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import math
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -194,6 +197,13 @@ def make_split(
     owners = None
     if natural and test_table.groups is not None:
         owners = _owners(test_table.groups[test_rows], values[mine], parts)
+        if (owners < 0).all():
+            warnings.warn(
+                "No test row belongs to a client, so own test distributions are the test set with each class weighted by the "
+                "client's share of it.",
+                stacklevel=2,
+            )
+            owners = None
     return Split(table, test_table, train, val, public_rows, test_rows, shown, owners)
 
 
@@ -216,10 +226,39 @@ def _test_table(dataset: Any, test: Any, table: Table, options: Options) -> Tabl
         else:
             if found.groups is None or found.group_names is None or table.group_names is None:
                 return found
-            place = {name: i for i, name in enumerate(table.group_names)}
-            codes = torch.tensor([place.get(name, -1) for name in found.group_names])
+            codes = _same_values(found.group_names, table.group_names)
+            if (codes < 0).all():
+                warnings.warn(
+                    f"No value of {o.partition_column!r} in the test set ({_some(found.group_names)}) is one of the training "
+                    f"set's ({_some(table.group_names)}), so no client has test rows of its own: own test distributions are "
+                    "the test set with each class weighted by the client's share of it.",
+                    stacklevel=2,
+                )
+                return replace(found, groups=None, group_names=None)
             return replace(found, groups=codes[found.groups], group_names=table.group_names)
     return _read_test(dataset, test, replace(o, partition_column=None))
+
+
+def _same_values(names: Sequence[str], known: Sequence[str]) -> Tensor:
+    """Where in `known` each name is, as text or else as a number (``"3.0"`` is ``"3"``); -1: nowhere."""
+    place = {name: i for i, name in enumerate(known)}
+    numbers = [_number(name) for name in known]
+    count = Counter(numbers)
+    unique = {n: i for i, n in enumerate(numbers) if n is not None and count[n] == 1}
+    return torch.tensor([place.get(name, unique.get(_number(name), -1)) for name in names], dtype=torch.int64)
+
+
+def _number(text: str) -> float | int | None:
+    for kind in (int, float):
+        try:
+            return kind(text) if math.isfinite(kind(text)) else None
+        except (ValueError, OverflowError):
+            continue
+    return None
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
 
 
 def _read_test(dataset: Any, test: Any, o: Options) -> Table:

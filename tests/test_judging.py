@@ -351,6 +351,25 @@ def test_natural_clients_and_a_test_set_without_the_column() -> None:
     assert pairs.num_groups == 3 and set(pairs.groups.tolist()) == {0, 1}
 
 
+def test_natural_clients_whose_values_are_numbers_of_another_kind() -> None:
+    """Text compares first: "01" and "1" are two writers."""
+    train = _Written(140, 0, [0, 1, 2])  # type: ignore[list-item]
+    test = _Written(90, 1, [1.0, 0.0, 7.0])  # type: ignore[list-item]
+    data = FederatedDataModule(train, Natural(), test=test, partition_column="writer")
+    assert data.own_test().groups.tolist() == [1, 0, 3] * 30
+    train, test = _Written(140, 0, ["01", "1", "x"]), _Written(90, 1, ["1", "1.0", "nan"])
+    data = FederatedDataModule(train, Natural(), test=test, partition_column="writer")
+    assert data.own_test().groups.tolist() == [1, 3, 3] * 30
+
+
+def test_natural_clients_that_no_test_row_belongs_to() -> None:
+    train, test = _Written(140, 0, ["b", "a"]), _Written(90, 1, ["B", "A", "C", "D"])
+    said = r"'writer' in the test set .'A', 'B', 'C', .... is one of the training set's .'a', 'b'., so no client"
+    with pytest.warns(UserWarning, match=said):
+        own = FederatedDataModule(train, Natural(), test=test, partition_column="writer").own_test()
+    assert own.num_groups == CLASSES and torch.equal(own.groups, test.y)
+
+
 def test_a_parquet_files_writers(tmp_path: Path) -> None:
     """Also from the cache of decoded images, and of texts."""
     pa = pytest.importorskip("pyarrow")
