@@ -95,7 +95,7 @@ def figure(path: Path, title: str) -> None:
     left.set_xlabel("round")
     left.set_ylabel("own accuracy, %, mean over seeds")
     right.set_yticks(range(len(found), 0, -1), list(found))
-    right.set_xlabel("%, last round: dots: seeds, bars: means, crosses: worst 10 % of clients")
+    right.set_xlabel("%, last round (dots: seeds, bars: means, crosses: worst 10 %)")
     for axis in (left, right):
         axis.grid(color="#dddddd")
         axis.set_axisbelow(True)
@@ -111,7 +111,7 @@ def qat_table(path: Path) -> str:
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     lines = [
-        "| data, network | bits | seeds | accuracy % | against float32 | quantised weights | smaller there | file, kB | of float32 |",
+        "| network | bits | seeds | accuracy % | against float32 | weights quantised | smaller there | file, kB | of float32 |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     keys = dict.fromkeys((r["data"], r["model"], r["train"], r["epochs"]) for r in rows)
