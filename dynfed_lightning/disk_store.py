@@ -198,24 +198,45 @@ class DiskStore:
         """Replace everything by what `state_dict` gave, this store's, another disk's or a `MemoryStore`'s.
 
         Raises:
-            StateError: a client's file is missing, damaged, or of another run; nothing has been replaced then.
+            StateError: a client's file is missing, damaged, or of another run, or cannot be made here; the message names the
+                client, and nothing has been replaced.
         """
-        if "disk" not in states:
-            self._begin()
-            for k, state in states.items():
-                self.write(int(k), state)
-            return
-        found = Reference(states["disk"], self.folder)
-        found.check()
-        if found.path == self.path:
-            self._go_back(found)
-            return
-        self._begin()
-        self._take_over(found.path)
-        self._open()
-        for k, (file, crc) in found.files.items():
-            _link(file, self._place(k, 0))
-            self._current[k] = (0, crc)
+        found = Reference(states["disk"], self.folder) if "disk" in states else None
+        if found is not None:
+            found.check()
+            if found.path == self.path:
+                self._go_back(found)
+                return
+        made, client = DiskStore(self.folder, temporary=self.temporary), -1
+        try:
+            if found is None:
+                for name, state in states.items():
+                    client = int(name)
+                    made.write(client, state)
+            else:
+                made._take_over(found.path)
+                made._open()
+                for client, (file, crc) in found.files.items():
+                    _link(file, made._place(client, 0))
+                    made._current[client] = (0, crc)
+        except BaseException as error:
+            if made._finalizer is not None:
+                made._finalizer()
+                shutil.rmtree(made.path, ignore_errors=True)
+            if not isinstance(error, TypeError | OSError):
+                raise
+            raise StateError(
+                f"Expected to take up the state of client {client} in {self.folder}, but: {error}"
+            ) from error
+        self._become(made)
+
+    def _become(self, other: DiskStore) -> None:
+        """Take the place of a store that nobody else knows."""
+        if self._finalizer is not None:
+            self._finalizer()
+        end = None if other._finalizer is None else other._finalizer.detach()
+        self.__dict__.update(other.__dict__)
+        self._finalizer = None if end is None else weakref.finalize(self, end[1], *end[2])
 
     def _take_over(self, older: Path) -> None:
         """Go on from a run in the same folder: what Lightning does to its checkpoints from now on is told to its book."""

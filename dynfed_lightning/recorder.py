@@ -63,15 +63,19 @@ class _Table:
         self.columns: list[str] = []
         self.rows: list[dict[str, str]] = []
 
-    def resume(self, rounds: int) -> None:
-        """Keep the rows of the first `rounds` rounds of an earlier run; with 0 start anew."""
+    def resume(self, rounds: int) -> list[dict[str, str]]:
+        """Keep the rows of the first `rounds` rounds of an earlier run; with 0 start anew. Returns those of later rounds."""
         self.columns, self.rows = [], []
+        later: list[dict[str, str]] = []
         if rounds and self.path.is_file():
             with open(self.path, newline="", encoding="utf-8") as file:
                 reader = csv.DictReader(file)
                 self.columns = list(reader.fieldnames or [])
-                self.rows = [r for r in reader if r.get("round", "").isdigit() and int(r["round"]) <= rounds]
+                numbered = [r for r in reader if r.get("round", "").isdigit()]
+                self.rows = [r for r in numbered if int(r["round"]) <= rounds]
+                later = [r for r in numbered if int(r["round"]) > rounds]
         self._rewrite()
+        return later
 
     def append(self, row: Mapping[str, Any]) -> None:
         cells = {k: _cell(v) for k, v in row.items()}
@@ -137,14 +141,17 @@ class RunRecorder(L.Callback):
         """Take up the tables where a resumed run left them; the rest of an earlier run goes."""
         self.out.mkdir(parents=True, exist_ok=True)
         # The summary first: a run that is cut short must not pass for the one that was here before.
-        for name in ("summary.json", "model.safetensors", "config.yaml", "own_accuracy.csv"):
+        for name in ("summary.json", "model.safetensors", "config.yaml"):
             (self.out / name).unlink(missing_ok=True)
         for figure in (self.out / "plots").glob("*.png"):
             figure.unlink()
         if self.config is not None:
             write_atomically(self.out / "config.yaml", self.config.encode())
         self.started = True
-        self._rounds.resume(trainer.current_epoch)
+        later = self._rounds.resume(trainer.current_epoch)
+        # A resumed run may not judge the clients again: what is known of them stays, unless it is of rounds to be done anew.
+        if not trainer.current_epoch or any(r.get("own_accuracy") for r in later):
+            (self.out / "own_accuracy.csv").unlink(missing_ok=True)
         self._clients.resume(trainer.current_epoch)
         self._seconds_before = sum(float(r.get("seconds") or 0) for r in self._rounds.rows)
         self._start = time.perf_counter()

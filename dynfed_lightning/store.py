@@ -207,9 +207,10 @@ class AutoStore:
                 self._store = store
                 return
             states = {str(k): state for k, state in found.states()}
-        self._forget()
+        made = AutoStore(self.folder, self.limit)
         for k, state in states.items():
-            self.write(int(k), copy_tree(state))
+            made.write(int(k), copy_tree(state))
+        self.__dict__ = made.__dict__
 
     def checkpoint_saved(self, file: str, reference: Mapping[str, Any]) -> None:
         """See `DiskStore.checkpoint_saved`."""

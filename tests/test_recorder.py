@@ -95,6 +95,22 @@ def test_resumed_tables_equal_uninterrupted_ones(tmp_path: Path) -> None:
     assert {**one, "seconds": 0} == {**two, "seconds": 0}
 
 
+def test_a_resumed_run_that_judges_nobody_keeps_what_is_known(tmp_path: Path) -> None:
+    def go(rounds: int, **kwargs: Any) -> Any:
+        federation, recorder = Federation(client_module(), FedAvg(), local="loop"), RunRecorder(tmp_path / "run")
+        return run(federation, rounds=rounds, callbacks=[recorder], check_val_every_n_epoch=2, **kwargs)
+
+    own = tmp_path / "run" / "own_accuracy.csv"
+    go(2).save_checkpoint(tmp_path / "2.ckpt")
+    known = own.read_text()
+    go(3, ckpt_path=tmp_path / "2.ckpt")
+    assert own.read_text() == known
+    go(4, ckpt_path=tmp_path / "2.ckpt")
+    assert own.is_file()
+    go(3, ckpt_path=tmp_path / "2.ckpt")  # round 4's, which is no more
+    assert not own.exists()
+
+
 def test_a_new_run_replaces_an_old_one(tmp_path: Path) -> None:
     for rounds in (3, 1):
         run(Federation(client_module(), FedAvg(), local="loop"), rounds=rounds, callbacks=[RunRecorder(tmp_path)])

@@ -664,3 +664,33 @@ def test_all_of_a_rounds_clients_or_none(tmp_path: Path, monkeypatch: pytest.Mon
     assert store.num_bytes == size and (not before or files(tmp_path) == before)
     store.write_all({0: state(7), 1: {}, 2: state(8, size=100), 3: state(9)})
     assert list(store) == [0, 2, 3] and same(store.read(0), state(7)) and len(files(tmp_path)) == 3
+
+
+def test_a_load_that_fails_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = DiskStore(tmp_path / "a")
+    for k in range(4):
+        source.write(k, state(k))
+    reference = source.state_dict()
+    for target in (DiskStore(tmp_path / "b"), AutoStore(tmp_path / "c", 0)):
+        target.write(9, state(9))
+        before = files(tmp_path)
+
+        def full(path: Path, data: bytes, real: Any = disk_store.write_whole) -> None:
+            if path.name.startswith("client-000002"):
+                raise OSError(28, "No space left on device")
+            real(path, data)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(disk_store, "write_whole", full)
+            patch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+            with pytest.raises(StateError, match="take up the state of client 2 in .*No space left"):
+                target.load_state_dict(reference)
+        for wrong in ({"1": state(1), "2": {"a": {3}}}, {"1": state(1), "-2": state(2)}):
+            with pytest.raises((TypeError, ValueError), match="client"):
+                target.load_state_dict(wrong)
+        assert list(target) == [9] and same(target.read(9), state(9))
+        gc.collect()
+        assert files(tmp_path) == before
+        target.write(9, state(10))
+        target.load_state_dict(reference)
+        assert list(target) == [0, 1, 2, 3] and same(target.read(3), state(3))
