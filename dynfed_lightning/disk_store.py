@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dynfed_lightning.state_file import State, StateError, check_bytes, from_bytes, to_bytes, write_whole
+from dynfed_lightning.state_file import State, StateError, check_bytes, flush_folder, from_bytes, to_bytes, write_whole
 
 try:
     import fcntl
@@ -166,7 +166,9 @@ class DiskStore:
 
     def _place(self, client_id: int, version: int) -> Path:
         file = _file(self.path, client_id, version)
-        file.parent.mkdir(exist_ok=True)
+        if not file.parent.is_dir():
+            file.parent.mkdir(exist_ok=True)
+            flush_folder(self.path)
         return file
 
     def _drop(self, client_id: int, version: int) -> None:
@@ -219,6 +221,8 @@ class DiskStore:
                 for client, (file, crc) in found.files.items():
                     _link(file, made._place(client, 0))
                     made._current[client] = (0, crc)
+                for folder in {_file(made.path, k, 0).parent for k in found.files}:
+                    flush_folder(folder)
         except BaseException as error:
             if made._finalizer is not None:
                 made._finalizer()

@@ -244,7 +244,7 @@ def _same_values(names: Sequence[str], known: Sequence[str]) -> Tensor:
     place = {name: i for i, name in enumerate(known)}
     numbers = [_number(name) for name in known]
     count = Counter(numbers)
-    unique = {n: i for i, n in enumerate(numbers) if n is not None and count[n] == 1}
+    unique: dict[float | int | None, int] = {n: i for i, n in enumerate(numbers) if n is not None and count[n] == 1}
     return torch.tensor([place.get(name, unique.get(_number(name), -1)) for name in names], dtype=torch.int64)
 
 

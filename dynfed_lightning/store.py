@@ -364,7 +364,8 @@ def make_store(store: Any, limit: int | str, root: str | os.PathLike[str]) -> St
     """
     if store is None:
         if "://" in str(root):  # a bucket is no place for files that change every round
-            root = tempfile.gettempdir()
+            user = os.getuid() if hasattr(os, "getuid") else "user"  # a folder of one's own, where many share it
+            root = Path(tempfile.gettempdir()) / f"dynfed-{user}"
         return AutoStore(Path(root) / FOLDER, parse_bytes("store_limit", limit))
     if store == "memory":
         return MemoryStore()
