@@ -38,7 +38,9 @@ def test_kernels_under_the_sanitizers(level: str, tmp_path: Path) -> None:
     ran = run(program)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     count = re.fullmatch(r"(\d+) cases, (\d) instruction sets\n", ran.stdout)
-    assert count is not None and int(count[1]) == ((19 * 5 * 5 + 16) * 8 + 5 * 4 + 2 * 2 + (7 * 6 - 2) * 3) * int(count[2])
+    assert count is not None and int(count[1]) == ((19 * 5 * 5 + 16) * 8 + 5 * 4 + 2 * 2 + (7 * 6 - 2) * 3) * int(
+        count[2]
+    )
 
 
 @needs_gxx
